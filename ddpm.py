@@ -1,0 +1,534 @@
+"""Denoising diffusion, from the idea to the code. Read from top to bottom.
+
+THE IDEA. Take a picture and add a little Gaussian noise; repeat a thousand times, until
+nothing of the picture is left. That direction is easy. Now learn to undo one step: given
+a noisy picture, guess which noise is in it. One such guess takes away only a little noise,
+but a thousand of them in a row lead from pure noise to a picture that nobody has drawn.
+
+    x_0  ->  x_1  ->  x_2  ->  ...  ->  x_T         forward process q: fixed, adds noise
+    x_0  <-  x_1  <-  x_2  <-  ...  <-  x_T         reverse process p: learned, removes it
+
+The paper is Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", 2020
+(arXiv 2006.11239). "Eq. 4" or "Algorithm 2" without a name is theirs, and so are the
+letters. Shapes of tensors stand at the end of lines: B pictures in a batch, C channels,
+H x W pixels, N = H * W.
+
+    python ddpm.py        prints the network as a table and saves forward.png
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ---------------------------------------------------------------------------------------
+# 1. The schedule: how much noise, when
+# ---------------------------------------------------------------------------------------
+# Step t mixes the picture with fresh noise of variance beta_t (Eq. 2):
+#
+#     q(x_t | x_{t-1}) = N(x_t; sqrt(1 - beta_t) x_{t-1}, beta_t I)
+#
+# The factor sqrt(1 - beta_t) shrinks the picture by just so much that its variance stays
+# what it was; without it the numbers would grow with every step. The betas are chosen by
+# hand, not learned (Section 4): small at first, when a little noise already hides detail,
+# larger towards the end. Why a thousand small steps and not ten large ones? Because only
+# for a small step is the way back a Gaussian too, and so something a network can name.
+
+T = 1000
+
+
+class Schedule:
+    """beta, alpha = 1 - beta and alpha_bar, the product of all alphas up to t (Section 2).
+
+    All three are float32 (T + 1,) and are indexed by the paper's own t: beta[1] is the
+    first step, beta[T] the last. Index 0 stands for the clean picture: alpha_bar[0] = 1.
+
+    A plain object and no nn.Module: nothing here is learned, saved or averaged.
+    """
+
+    def __init__(self, device="cpu"):
+        # In float64, since alpha_bar multiplies a thousand numbers close to 1; kept in
+        # float32, since Apple's GPUs have no float64.
+        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)  # (T,), Section 4
+        beta = torch.cat([torch.zeros(1, dtype=torch.float64), beta])  # (T + 1,)
+        alpha = 1 - beta
+        alpha_bar = alpha.cumprod(0)
+        self.beta = beta.float().to(device)
+        self.alpha = alpha.float().to(device)
+        self.alpha_bar = alpha_bar.float().to(device)
+        # 1 - alpha_bar[1] is 1e-4: taken in float32 it would keep only 3 good digits.
+        self.one_minus_alpha_bar = (1 - alpha_bar).float().to(device)
+
+    def snr(self):
+        """Signal-to-noise ratio alpha_bar / (1 - alpha_bar) for t = 1..T: float32 (T,)."""
+        return self.alpha_bar[1:] / self.one_minus_alpha_bar[1:]
+
+
+# ---------------------------------------------------------------------------------------
+# 2. The forward process: from a picture to noise, in one step
+# ---------------------------------------------------------------------------------------
+# Nobody has to walk all t steps. A sum of independent Gaussians is a Gaussian, so two
+# steps make one, with z and z' standard normal:
+#
+#     x_2 = sqrt(alpha_2) x_1 + sqrt(1 - alpha_2) z'
+#         = sqrt(alpha_2 alpha_1) x_0 + sqrt(alpha_2 (1 - alpha_1)) z + sqrt(1 - alpha_2) z'
+#         = sqrt(alpha_2 alpha_1) x_0 + sqrt(1 - alpha_2 alpha_1) eps
+#
+# because the variances add up: alpha_2 - alpha_2 alpha_1 + 1 - alpha_2. Again and again,
+# and the product of all alphas is alpha_bar_t. That is Eq. 4.
+
+
+def q_sample(schedule, x_0, t, eps):
+    """Draws x_t from q(x_t | x_0), Eq. 4.
+
+    x_0: float (B, 1, H, W) in [-1, 1]. t: int64 (B,), each in 0..T. eps: standard normal
+    noise, shaped like x_0. Returns x_t: float (B, 1, H, W).
+    """
+    signal = schedule.alpha_bar[t].sqrt().view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+    noise = schedule.one_minus_alpha_bar[t].sqrt().view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+    return signal * x_0 + noise * eps
+
+
+# At t = T there is nearly nothing left of the picture: sqrt(alpha_bar_T) = 0.0064, so x_T
+# is noise for all practical purposes. It has to be: sampling starts from pure noise, and
+# a network that never saw pure noise in training would not know what to do with it.
+#
+# What is there to learn? Eq. 4 has three unknowns once x_t is given: x_0, eps, and either
+# gives the other. The network predicts eps, the noise. It is always of the same size, mean
+# 0 and variance 1, whatever t is; and it is what Algorithm 2 needs (Section 3.2).
+
+
+def predict_x_0(schedule, x_t, t, eps):
+    """Eq. 4 solved for x_0: which picture is under this noise? Shapes as in q_sample."""
+    signal = schedule.alpha_bar[t].sqrt().view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+    noise = schedule.one_minus_alpha_bar[t].sqrt().view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+    return (x_t - noise * eps) / signal
+
+
+# ---------------------------------------------------------------------------------------
+# 3. Telling the network the time
+# ---------------------------------------------------------------------------------------
+# The same network serves all t, and must know which: a grey speck is noise at t = 900 and
+# a mistake at t = 5. A bare number t would be a poor way to say it: 1 and 2 would look the
+# same next to 1000. So t is written as clocks are read, on hands of many speeds: the fast
+# ones tell t from t + 1, the slow ones early from late (Vaswani et al. 2017, Section 3.5).
+
+
+def time_embedding(t, dim):
+    """Sinusoids of t. t: int64 (B,); dim: even. Returns float32 (B, dim) in [-1, 1]."""
+    # Angular speeds from 1 per step down to almost 1/10000, evenly in the exponent.
+    speed = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angle = t[:, None].float() * speed  # (B, dim / 2)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)  # (B, dim)
+
+
+# ---------------------------------------------------------------------------------------
+# 4. Attention: every pixel may look at every other
+# ---------------------------------------------------------------------------------------
+# A 3x3 convolution sees its neighbours. Whether this edge belongs to the triangle over
+# there is decided by pixels far away, and attention reaches them in one layer: each pixel
+# sends a query, all pixels offer a key and a value, and a pixel takes the average of the
+# values, weighted by how well their keys answer its query:
+#
+#     softmax(q k^T / sqrt(d)) v                                    (Vaswani et al., Eq. 1)
+#
+# Its price is N queries times N keys. At 4x4 that is 256 pairs, at 32x32 over a million,
+# more than all the rest of the network. So queries keep every pixel but keys and values
+# are averaged down to an 8x8 grid: still the whole picture, seen a little less sharply.
+
+KEYS = 8
+
+
+class Conv1x1(nn.Linear):
+    """The same matrix for the channels of each pixel: (B, C_in, H, W) -> (B, C_out, H, W).
+
+    That is all a 1x1 convolution is. With the channels last in memory (see UNet) it is one
+    matrix product, and on a CPU several times as fast as nn.Conv2d(c_in, c_out, 1).
+    """
+
+    def forward(self, x):
+        x = super().forward(x.permute(0, 2, 3, 1))  # (B, H, W, C_out)
+        return x.permute(0, 3, 1, 2)  # (B, C_out, H, W)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all pixels: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.heads = max(1, channels // 32)
+        self.norm = nn.GroupNorm(8, channels)
+        self.query = nn.Linear(channels, channels)
+        self.key_value = nn.Linear(channels, 2 * channels)
+        self.out = zero(nn.Linear(channels, channels))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        y = self.norm(x)
+        pooled = F.avg_pool2d(y, H // KEYS) if H > KEYS else y  # (B, C, <=8, <=8)
+        y = y.flatten(2).transpose(1, 2)  # (B, N, C), a pixel is now a token
+        pooled = pooled.flatten(2).transpose(1, 2)  # (B, M, C), M <= 64
+        q = self.query(y).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
+        k, v = (
+            z.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, M, d)
+            for z in self.key_value(pooled).chunk(2, dim=2)
+        )
+        y = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, d)
+        y = self.out(y.transpose(1, 2).flatten(2))  # (B, N, C)
+        return x + y.transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W)
+
+
+def zero(layer):
+    """Sets a layer's weights to 0, so that the block it ends begins as the identity.
+
+    x + 0 passes gradients on unchanged, and a deep network starts as a shallow one.
+    """
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+# ---------------------------------------------------------------------------------------
+# 5. The residual block: where the work is done
+# ---------------------------------------------------------------------------------------
+# Twice norm, SiLU, 3x3 convolution, and the time comes in between: one number per channel,
+# added to every pixel. Every block is told the time, since every block has to behave
+# differently at different t, and what is said once at the door is forgotten inside.
+# GroupNorm and not BatchNorm: a batch mixes pictures of all t, and their statistics are
+# nobody's in particular; GroupNorm looks at one picture only.
+
+
+class ResBlock(nn.Module):
+    """(B, c_in, H, W) and a time vector (B, time_dim) -> (B, c_out, H, W)."""
+
+    def __init__(self, c_in, c_out, time_dim, c_mid=None):
+        super().__init__()
+        c_mid = c_mid or c_out
+        self.norm1 = nn.GroupNorm(8, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_mid, 3, padding=1)
+        self.time = nn.Linear(time_dim, c_mid)
+        self.norm2 = nn.GroupNorm(8, c_mid)
+        self.conv2 = zero(nn.Conv2d(c_mid, c_out, 3, padding=1))
+        self.skip = Conv1x1(c_in, c_out) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, time):
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, c_mid, H, W)
+        h = h + self.time(time)[:, :, None, None]  # the time, the same for every pixel
+        h = self.conv2(F.silu(self.norm2(h)))  # (B, c_out, H, W)
+        return self.skip(x) + h
+
+
+# ---------------------------------------------------------------------------------------
+# 6. The U-Net
+# ---------------------------------------------------------------------------------------
+# Down: 32 -> 16 -> 8 -> 4 pixels wide, with more and more channels; at the bottom 16 places
+# of 512 numbers say what the picture is about. Up again: 4 -> 8 -> 16 -> 32. On the way up
+# each level also gets, side by side with what comes from below, what the same level knew on
+# the way down. The bottom knows *that* there is a circle, the skip *where* its edge runs.
+#
+#     32x32  stem -- down ----------------------- concat -- up -- out
+#     16x16            down -------------- concat -- up
+#      8x8               down ----- concat -- up
+#      4x4                  middle (512)
+
+
+class Level(nn.Module):
+    """One residual block, one attention: what the U-Net does at a resolution."""
+
+    def __init__(self, c_in, c_out, time_dim, c_mid=None):
+        super().__init__()
+        self.block = ResBlock(c_in, c_out, time_dim, c_mid)
+        self.attention = Attention(c_out)
+
+    def forward(self, x, time):
+        return self.attention(self.block(x, time))  # (B, c_out, H, W)
+
+
+class UpLevel(nn.Module):
+    """Doubles the resolution, joins the skip, then works as a Level does."""
+
+    def __init__(self, c_below, c_out, time_dim):
+        super().__init__()
+        self.shrink = Conv1x1(c_below, c_out)
+        self.join = Conv1x1(2 * c_out, c_out)
+        self.level = Level(c_out, c_out, time_dim)
+
+    def forward(self, x, skip, time):
+        x = F.interpolate(self.shrink(x), scale_factor=2)  # (B, c_out, H, W)
+        x = self.join(torch.cat([x, skip], dim=1))  # (B, 2 c_out, H, W) -> (B, c_out, H, W)
+        return self.level(x, time)
+
+
+class UNet(nn.Module):
+    """eps_theta(x_t, t): guesses the noise in x_t.
+
+    channels: at 32x32, 16x16 and 8x8. bottleneck: at 4x4. narrow: see below.
+    """
+
+    def __init__(self, channels=(16, 32, 64), bottleneck=512, narrow=128, time_dim=128):
+        super().__init__()
+        self.config = dict(
+            channels=tuple(channels), bottleneck=bottleneck, narrow=narrow, time_dim=time_dim
+        )
+        self.time = nn.Sequential(
+            nn.Linear(time_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim), nn.SiLU()
+        )
+        c1, c2, c3 = channels
+        self.stem = nn.Conv2d(1, c1, 3, padding=1)
+        self.down = nn.ModuleList(
+            [Level(c1, c1, time_dim), Level(c1, c2, time_dim), Level(c2, c3, time_dim)]
+        )
+        # One 3x3 convolution from 512 to 512 channels has 2.4 million weights, more than the
+        # rest of the network. So the blocks at 4x4 are wide outside and narrow inside,
+        # 512 -> 128 -> 512, and one block costs 1.2 million for both its convolutions.
+        self.middle = nn.ModuleList(
+            [
+                Level(c3, bottleneck, time_dim, c_mid=narrow),
+                ResBlock(bottleneck, bottleneck, time_dim, c_mid=narrow),
+            ]
+        )
+        self.up = nn.ModuleList(
+            [UpLevel(bottleneck, c3, time_dim), UpLevel(c3, c2, time_dim), UpLevel(c2, c1, time_dim)]
+        )
+        self.norm = nn.GroupNorm(8, c1)
+        self.out = zero(nn.Conv2d(c1, 1, 3, padding=1))
+        # Channels last: the numbers of one pixel lie side by side in memory. A reader sees
+        # no difference, the convolutions do.
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x, t):
+        """x: float (B, 1, 32, 32). t: int64 (B,) in 1..T. Returns eps: (B, 1, 32, 32)."""
+        time = self.time(time_embedding(t, self.config["time_dim"]))  # (B, time_dim)
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))  # (B, c1, 32, 32)
+        skips = []
+        for level in self.down:
+            x = level(x, time)
+            skips.append(x)
+            x = F.avg_pool2d(x, 2)  # half the height and width
+        for block in self.middle:
+            x = block(x, time)  # (B, 512, 4, 4)
+        for level in self.up:
+            x = level(x, skips.pop(), time)  # twice the height and width
+        return self.out(F.silu(self.norm(x)))  # (B, 1, 32, 32)
+
+
+# ---------------------------------------------------------------------------------------
+# 7. The loss
+# ---------------------------------------------------------------------------------------
+# Maximum likelihood wants -log p(x_0) small. It cannot be computed, but it has a bound
+# (Eq. 3 and 5), a sum over t of how far the learned step is from the true step back. For
+# Gaussians this distance is a squared difference of means (Eq. 8), and with the mean
+# written through eps it becomes (Eq. 12)
+#
+#     beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) * || eps - eps_theta(x_t, t) ||^2
+#
+# The paper drops the factor in front and keeps the square (Eq. 14). The factor is largest
+# for small t, where only a trace of noise is to be found; without it the network spends
+# its effort on larger t, where the shapes are decided, and samples get better.
+
+
+def loss_fn(model, schedule, x_0, t, eps):
+    """Eq. 14, the simple loss: mean squared error on the noise. Returns a 0-d tensor.
+
+    x_0: float (B, 1, 32, 32) in [-1, 1]. t: int64 (B,), drawn uniformly from 1..T, both
+    ends included (Algorithm 1). eps: standard normal, (B, 1, 32, 32).
+    """
+    x_t = q_sample(schedule, x_0, t, eps)
+    return F.mse_loss(model(x_t, t), eps)
+
+
+class EMA:
+    """A running average of the weights, and the one to sample from (Section 4).
+
+    Each step pulls the weights towards the noise of one small batch; the average over many
+    steps is calmer and gives visibly better pictures. A decay of 0.999 averages over about
+    the last 1000 steps, 1 / (1 - decay). Early on that would mean averaging the random
+    initial weights in, so the window grows with training: about a ninth of the steps so far.
+    """
+
+    def __init__(self, model, decay=0.9995):
+        self.decay = decay
+        self.model = copy.deepcopy(model).requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model, step):
+        """Call after each optimizer step; step counts from 1."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averages, weights = list(self.model.parameters()), list(model.parameters())
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+
+# ---------------------------------------------------------------------------------------
+# 8. The reverse process: from noise to a picture
+# ---------------------------------------------------------------------------------------
+# If x_0 were known, the step back would be known too: q(x_{t-1} | x_t, x_0) is a Gaussian
+# with mean (Eq. 7)
+#
+#     mu = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0
+#        + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t
+#
+# and variance beta_tilde_t = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t. We do not
+# know x_0, but the network's guess of eps gives a guess of it. Put x_0 = (x_t -
+# sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t) into Eq. 7. The factor of eps is
+#
+#     - sqrt(alpha_bar_{t-1}) / sqrt(alpha_bar_t) beta_t / sqrt(1 - alpha_bar_t)
+#         = - 1/sqrt(alpha_t) beta_t / sqrt(1 - alpha_bar_t)
+#
+# and the factor of x_t, over the common denominator sqrt(alpha_t) (1 - alpha_bar_t), is
+# beta_t + alpha_t (1 - alpha_bar_{t-1}) = 1 - alpha_bar_t: all that stays is
+# 1/sqrt(alpha_t). So Eq. 7 with a predicted x_0 is Eq. 11, and Eq. 11 is the shorter:
+#
+#     mu = 1/sqrt(alpha_t) (x_t - beta_t / sqrt(1 - alpha_bar_t) eps)
+
+
+def ddpm_step(schedule, x_t, t, eps, z):
+    """One line of Algorithm 2: x_{t-1} = mu(x_t, eps) + sigma_t z, with mu of Eq. 11.
+
+    x_t, eps, z: float (B, 1, H, W); t: int in 1..T. Returns x_{t-1}: (B, 1, H, W).
+    """
+    beta, alpha = schedule.beta[t], schedule.alpha[t]
+    mu = (x_t - beta / schedule.one_minus_alpha_bar[t].sqrt() * eps) / alpha.sqrt()
+    # The paper tries sigma^2 = beta_t, right if the data were Gaussian noise, and sigma^2 =
+    # beta_tilde_t, right if the data were a single picture (Section 3.2). The truth lies in
+    # between, and with many small steps both are nearly equal. We take the second, for it
+    # is 0 at t = 1: the last step adds no noise, as Algorithm 2 asks, since noise added
+    # there would never be taken away again.
+    variance = schedule.one_minus_alpha_bar[t - 1] / schedule.one_minus_alpha_bar[t] * beta
+    return mu + variance.sqrt() * z
+
+
+# A thousand steps are slow. Song, Meng & Ermon, "Denoising Diffusion Implicit Models"
+# (2021, arXiv 2010.02502) noticed that Eq. 14 never asks how x_t was reached: it needs only
+# q(x_t | x_0), Eq. 4. So the same network also fits processes that jump from t to any
+# earlier s: guess x_0, then put the right amount of noise for s back on it. Their Eq. 12:
+#
+#     x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z
+#
+# The middle term puts back the *same* noise that was found, so with sigma = 0 (eta = 0)
+# nothing is random after x_T. With eta = 1 and s = t - 1 it is ddpm_step again.
+
+
+def ddim_step(schedule, x_t, t, s, eps, z, eta):
+    """Eq. 12 of DDIM: from x_t to x_s, 0 <= s < t <= T. eta: 0 (no noise) to 1 (as DDPM)."""
+    x_0 = predict_x_0(schedule, x_t, t, eps)
+    noise_t, noise_s = schedule.one_minus_alpha_bar[t], schedule.one_minus_alpha_bar[s]
+    ratio = schedule.alpha_bar[t] / schedule.alpha_bar[s]
+    variance = eta**2 * noise_s / noise_t * (1 - ratio)  # DDIM Eq. 16, squared
+    direction = (noise_s - variance).clamp(min=0).sqrt() * eps
+    return schedule.alpha_bar[s].sqrt() * x_0 + direction + variance.sqrt() * z
+
+
+def timesteps(steps):
+    """The t to visit, falling: `steps` integers from T to 1, evenly; then 0, the picture."""
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps must be between 1 and {T}, got {steps}")
+    # Both ends are in: T, where sampling starts, and 1, the last step before a picture.
+    visited = torch.linspace(T, 1, steps, dtype=torch.float64).round().int().tolist()
+    return visited + [0]
+
+
+def guess(model, schedule, x_t, t):
+    """What the network believes at x_t: the noise and the picture, (eps, x_0).
+
+    x_t: float (B, 1, 32, 32); t: int in 1..T. Both returned as (B, 1, 32, 32).
+    """
+    eps = model(x_t, torch.full((len(x_t),), t, device=x_t.device))
+    x_0 = predict_x_0(schedule, x_t, t, eps)
+    # At t = T a small error in eps is an error 157 times as large in x_0. But no pixel lies
+    # outside [-1, 1]: cut the guess off there, and take the eps that goes with it.
+    x_0 = x_0.clamp(-1, 1)
+    signal, noise = schedule.alpha_bar[t].sqrt(), schedule.one_minus_alpha_bar[t].sqrt()
+    return (x_t - signal * x_0) / noise, x_0
+
+
+@torch.no_grad()
+def reverse_process(model, schedule, x_T, steps=T, eta=None, generator=None):
+    """Walks from noise to pictures and shows every stop on the way.
+
+    x_T: standard normal float (B, 1, 32, 32). steps: 1..T, where T means Algorithm 2 and
+    fewer mean DDIM. eta: None for these two, or a number for DDIM with that eta whatever
+    the number of steps. generator: a CPU generator for z, so that a seed means the same on
+    every device. Yields (t, x_t, x_0 as guessed from x_t), t falling from T; the last is
+    (0, x_0, x_0). Raises ValueError for steps out of range.
+    """
+    times = timesteps(steps)
+    algorithm_2 = steps == T and eta is None
+    x = x_T
+    for t, s in zip(times[:-1], times[1:]):
+        eps, x_0 = guess(model, schedule, x, t)
+        yield t, x, x_0
+        z = torch.randn(x.shape, generator=generator).to(x.device) if algorithm_2 or eta else 0
+        if algorithm_2:
+            x = ddpm_step(schedule, x, t, eps, z)
+        else:
+            x = ddim_step(schedule, x, t, s, eps, z, eta or 0)
+    yield 0, x, x
+
+
+def sample(model, schedule, x_T, steps=T, eta=None, generator=None):
+    """The pictures at the end of reverse_process: float (B, 1, 32, 32), about [-1, 1]."""
+    for _, x, _ in reverse_process(model, schedule, x_T, steps, eta, generator):
+        pass
+    return x
+
+
+# ---------------------------------------------------------------------------------------
+# 9. Look at it: python ddpm.py
+# ---------------------------------------------------------------------------------------
+
+
+def stages(model):
+    """Rows (stage, resolution, channels, parameters) of the U-Net, from input to output."""
+
+    def count(*modules):
+        return sum(p.numel() for m in modules for p in m.parameters())
+
+    c1, c2, c3 = model.config["channels"]
+    c4 = model.config["bottleneck"]
+    down, up = model.down, model.up
+    return [
+        ("time embedding", "", model.config["time_dim"], count(model.time)),
+        ("stem", "32x32", c1, count(model.stem)),
+        ("down", "32x32", c1, count(down[0])),
+        ("down", "16x16", c2, count(down[1])),
+        ("down", "8x8", c3, count(down[2])),
+        ("middle", "4x4", c4, count(model.middle)),
+        ("up", "8x8", c3, count(up[0])),
+        ("up", "16x16", c2, count(up[1])),
+        ("up", "32x32", c1, count(up[2])),
+        ("out", "32x32", 1, count(model.norm, model.out)),
+    ]
+
+
+def save_forward_process(path):
+    """Draws one training picture at several t, with alpha_bar_t and the SNR under each."""
+    schedule, times = Schedule(), torch.tensor([0, 50, 100, 200, 300, 400, 600, 800, 1000])
+    x_0 = torch.from_numpy(shapes.to_model(shapes.make_dataset(2, seed=0)[:1]))  # (1, 1, 32, 32)
+    x_0 = x_0.expand(len(times), -1, -1, -1)  # (9, 1, 32, 32), the same picture at each t
+    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
+    x_t = q_sample(schedule, x_0, times, eps)
+    figure = Figure(figsize=(1.35 * len(times), 2.1), layout="constrained")
+    for axes, t, picture in zip(figure.subplots(1, len(times)), times, shapes.from_model(x_t)):
+        signal, noise = schedule.alpha_bar[t].item(), schedule.one_minus_alpha_bar[t].item()
+        snr = "infinite" if t == 0 else f"{signal / noise:.2g}"
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
+        axes.set(xticks=[], yticks=[], title=f"t = {t}")
+        axes.set_xlabel(f"$\\bar\\alpha_t$ = {signal:.2g}\nSNR = {snr}")
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    from matplotlib.figure import Figure
+
+    import shapes
+
+    network = UNet()
+    print(f"{'stage':<16}{'resolution':>10}{'channels':>10}{'parameters':>12}")
+    for stage, resolution, channels, parameters in stages(network):
+        print(f"{stage:<16}{resolution:>10}{channels:>10}{parameters:>12,}")
+    total = sum(p.numel() for p in network.parameters())
+    print(f"{'total':<16}{'':>10}{'':>10}{total:>12,}")
+    save_forward_process("forward.png")
+    print("saved forward.png")

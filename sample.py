@@ -1,0 +1,123 @@
+"""Turns noise into pictures with a trained network: python sample.py
+
+    python sample.py                    a grid of 16 pictures: samples.png
+    python sample.py --steps 50         the same in 50 DDIM steps instead of 1000
+    python sample.py --process          noise becoming pictures: process.png, process.gif
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from matplotlib.animation import PillowWriter
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import ddpm
+import shapes
+from train import fail, load_checkpoint, number, pick_device
+
+STRIP = (1000, 900, 800, 700, 600, 500, 400, 300, 200, 100, 50, 0)  # the t of --process
+GIF_FRAMES = 80
+
+
+def parser():
+    """The flags of sample.py."""
+    p = argparse.ArgumentParser(
+        description="Draw pictures with a trained diffusion model.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("--checkpoint", default="checkpoints/best.pt", metavar="PATH", help="the weights")
+    p.add_argument("--output", default=None, metavar="PATH", help="samples.png, or process.png")
+    p.add_argument(
+        "--process", "--show-process", action="store_true", help="draw the way from noise to picture"
+    )
+    p.add_argument("--n", type=number(int, 1, 10_000), default=None, help="16, or 4 with --process")
+    p.add_argument(
+        "--steps",
+        type=number(int, 1, ddpm.T),
+        default=ddpm.T,
+        help="1000 is Algorithm 2, fewer steps are DDIM",
+    )
+    p.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the noise")
+    p.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto for the first there is")
+    return p
+
+
+def show_process(walk, path):
+    """Saves a strip of x_t, with the guessed x_0 below each, and a GIF of the same.
+
+    walk: list of (t, x_t, x_0) as ddpm.reverse_process yields them.
+    """
+    times = [t for t, _, _ in walk]
+    nearest = {min(range(len(times)), key=lambda i: abs(times[i] - t)) for t in STRIP}
+    frames = [walk[i] for i in sorted(nearest)]
+    n = len(frames[0][1])
+    figure = Figure(figsize=(len(frames), 2.1 * n + 0.3), layout="constrained")
+    grid = figure.subplots(2 * n, len(frames), squeeze=False)
+    for column, (t, x_t, x_0) in zip(grid.T, frames):
+        column[0].set_title(f"t = {t}", fontsize=9)
+        for i, pictures in enumerate((x_t, x_0)):
+            for axes, picture in zip(column[i::2], shapes.from_model(pictures)):
+                axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
+                axes.set(xticks=[], yticks=[])
+    for i, axes in enumerate(grid[:, 0]):
+        axes.set_ylabel(("$x_t$", "$x_0$ guessed")[i % 2], fontsize=8)
+    figure.savefig(path, dpi=100)
+
+    figure = Figure(figsize=(1.5 * n, 3.4))
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1)
+    writer = PillowWriter(fps=12)
+    every = max(1, len(walk) // GIF_FRAMES)
+    shown = walk[:-1:every] + walk[-1:] * 15  # the end stands still for a moment
+    with writer.saving(figure, path.with_suffix(".gif"), dpi=80):
+        for t, x_t, x_0 in shown:
+            for axes, pictures, name in ((top, x_t, f"$x_t$, t = {t}"), (bottom, x_0, "$x_0$ guessed")):
+                axes.clear()
+                axes.axis("off")
+                axes.set_title(name, fontsize=9)
+                axes.imshow(shapes.tile(shapes.from_model(pictures), columns=n), cmap="gray", vmin=0, vmax=1)
+            writer.grab_frame()
+
+
+def main():
+    args = parser().parse_args()
+    path = Path(args.output or ("process.png" if args.process else "samples.png"))
+    if path.suffix.lower() != ".png":
+        fail(f"--output {path} should end in .png")
+    n = args.n or (4 if args.process else 16)
+    device = pick_device(args.device)
+    state, model = load_checkpoint(args.checkpoint)
+    model.to(device)
+    print(f"{args.checkpoint}: {state['epoch']} epochs, device {device}")
+
+    generator = torch.Generator().manual_seed(args.seed)
+    x_T = torch.randn(n, 1, shapes.SIZE, shapes.SIZE, generator=generator).to(device)
+    walk, start = [], time.perf_counter()
+    steps = ddpm.reverse_process(model, ddpm.Schedule(device), x_T, args.steps, generator=generator)
+    for t, x_t, x_0 in tqdm(steps, total=args.steps + 1, unit="step"):
+        if not args.process:
+            walk.clear()  # only the last one counts
+        walk.append((t, x_t.cpu(), x_0.cpu()))
+    seconds = time.perf_counter() - start
+    print(f"{n} pictures in {seconds:.1f} s, {n / seconds:.1f} pictures per second")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if args.process:
+            show_process(walk, path)
+        else:
+            grid = shapes.tile(shapes.from_model(walk[-1][1]), columns=min(n, 8))
+            shapes.save_picture(path, grid)
+    except OSError as e:
+        fail(f"{e.strerror or e}: {e.filename or path}; make room or choose another --output")
+    print(f"saved {path}" + (f" and {path.with_suffix('.gif')}" if args.process else ""))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("stopped; nothing was saved")

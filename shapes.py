@@ -1,0 +1,292 @@
+"""The data: 32x32 binary pictures of one to three shapes, drawn from integers.
+
+Nothing is downloaded. `make_dataset(10_000, seed=0)` draws ten thousand pictures in
+well under a second, and the same seed gives the same bytes on every machine, because
+every pixel is decided by comparing integers: there is no rounding to disagree about.
+
+    python shapes.py          saves shapes.png, a labelled grid of the data
+
+Why shapes, and not photographs? Because here *right* has a meaning. A generated face can
+only be judged by eye; a generated circle either is a circle or it is not.
+"""
+
+import argparse
+import math
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+
+# ---------------------------------------------------------------------------------------
+# 1. What is legal
+# ---------------------------------------------------------------------------------------
+# A shape is a kind and a few integers. Pixel (x, y) is column x, row y, counted from the
+# top left, and every number below is in pixels. The limits keep each shape large enough
+# to be recognised, and three of them small enough to fit side by side.
+
+SIZE = 32
+KINDS = ("circle", "rectangle", "triangle", "line")
+PARAMETERS = {
+    "circle": ("cx", "cy", "r"),
+    "rectangle": ("x0", "y0", "x1", "y1"),  # two opposite corners, both inside
+    "triangle": ("ax", "ay", "bx", "by", "cx", "cy"),
+    "line": ("ax", "ay", "bx", "by", "width"),
+}
+MAX_SHAPES = 3
+RADIUS = (4, 8)  # a circle of radius 4 is 9 pixels across
+SIDE = (6, 16)  # of a rectangle; its shorter side stays twice as wide as any line
+HEIGHT = 7  # least of a triangle's three heights: no slivers
+SPAN = 20  # of a triangle's bounding box, at most
+LENGTH = (12, 22)  # of a line, end to end
+WIDTH = (2, 3)  # of a line
+MARGIN = 2  # from a line's end point to the frame, so that its corners stay inside
+TRIES = 30  # at placing a shape beside the others, before the picture begins again
+# Two shapes of one picture never touch, not even at a corner. Without this rule a picture
+# has more than one reading: an L is two overlapping rectangles or one rectangle with
+# a corner bitten off, and nobody could say whether a generated L is right or wrong.
+
+
+def is_legal(kind, params):
+    """Says which shapes keep the limits above.
+
+    kind: one of KINDS. params: integers (m, k), k and their order as in PARAMETERS[kind].
+    Returns bool (m,).
+    """
+    p = np.asarray(params, dtype=np.int32).T  # (k, m)
+    if kind == "circle":
+        cx, cy, r = p
+        fits = (r <= cx) & (cx < SIZE - r) & (r <= cy) & (cy < SIZE - r)
+        return fits & (RADIUS[0] <= r) & (r <= RADIUS[1])
+    if kind == "rectangle":
+        x0, y0, x1, y1 = p
+        w, h = x1 - x0 + 1, y1 - y0 + 1
+        fits = (x0 >= 0) & (x1 < SIZE) & (y0 >= 0) & (y1 < SIZE)
+        return fits & (SIDE[0] <= np.minimum(w, h)) & (np.maximum(w, h) <= SIDE[1])
+    if kind == "triangle":
+        x, y = p[0::2], p[1::2]  # (3, m) each
+        fits = ((p >= 0) & (p < SIZE)).all(0)
+        fits &= (np.ptp(x, axis=0) < SPAN) & (np.ptp(y, axis=0) < SPAN)
+        longest2 = ((x - x[[1, 2, 0]]) ** 2 + (y - y[[1, 2, 0]]) ** 2).max(0)
+        area2 = (x[1] - x[0]) * (y[2] - y[0]) - (x[2] - x[0]) * (y[1] - y[0])
+        # The least height stands on the longest side: height = 2 * area / side, squared
+        # so that it stays an integer.
+        return fits & (area2**2 >= HEIGHT**2 * longest2)
+    ax, ay, bx, by, width = p
+    ends = p[:4]
+    fits = ((ends >= MARGIN) & (ends < SIZE - MARGIN)).all(0)
+    length2 = (bx - ax) ** 2 + (by - ay) ** 2
+    fits &= (LENGTH[0] ** 2 <= length2) & (length2 <= LENGTH[1] ** 2)
+    return fits & (WIDTH[0] <= width) & (width <= WIDTH[1])
+
+
+# ---------------------------------------------------------------------------------------
+# 2. One function per shape
+# ---------------------------------------------------------------------------------------
+# Each asks of all 1024 pixels at once: is your centre inside? The parameters may be
+# integers, giving one (32, 32) mask, or arrays (m,), giving m masks (m, 32, 32).
+
+X = np.arange(SIZE, dtype=np.int16)[None, :]  # (1, 32)
+Y = np.arange(SIZE, dtype=np.int16)[:, None]  # (32, 1)
+
+
+def _per_picture(*params):
+    return [np.asarray(p, dtype=np.int16)[..., None, None] for p in params]  # (m, 1, 1)
+
+
+def circle(cx, cy, r):
+    """Masks of filled circles; bool (m, 32, 32), see PARAMETERS for the integers."""
+    cx, cy, r = _per_picture(cx, cy, r)
+    # r * r + r is (r + 1/2)^2 less a quarter: the circle passes between the pixels
+    # instead of just touching four of them, which would look like four pimples.
+    return (X - cx) ** 2 + (Y - cy) ** 2 <= r * r + r
+
+
+def rectangle(x0, y0, x1, y1):
+    """Masks of filled upright rectangles; bool (m, 32, 32), corners included."""
+    x0, y0, x1, y1 = _per_picture(x0, y0, x1, y1)
+    return ((x0 <= X) & (X <= x1)) & ((y0 <= Y) & (Y <= y1))
+
+
+def triangle(ax, ay, bx, by, cx, cy):
+    """Masks of filled triangles; bool (m, 32, 32), all pixels whose square it enters."""
+    ax, ay, bx, by, cx, cy = _per_picture(ax, ay, bx, by, cx, cy)
+    # Inside means: on the same side of all three edges. A cross product tells the side, and
+    # `turn` makes it positive inside for either winding. (|dx| + |dy|) / 2 is what a corner
+    # of the pixel's square may add to it: were only centres asked, a sharp tip would end in
+    # a loose pixel. The bounding box cuts off what this adds beyond the tips.
+    turn = np.sign((bx - ax) * (cy - ay) - (cx - ax) * (by - ay))
+    xs, ys = np.stack([ax, bx, cx]), np.stack([ay, by, cy])
+    inside = ((xs.min(0) <= X) & (X <= xs.max(0))) & ((ys.min(0) <= Y) & (Y <= ys.max(0)))
+    for px, py, qx, qy in ((ax, ay, bx, by), (bx, by, cx, cy), (cx, cy, ax, ay)):
+        dx, dy = turn * (qx - px), turn * (qy - py)
+        inside &= 2 * dx * (Y - py) + (np.abs(dx) + np.abs(dy)) > 2 * dy * (X - px)
+    return inside
+
+
+def line(ax, ay, bx, by, width):
+    """Masks of straight lines with square ends; bool (m, 32, 32)."""
+    ax, ay, bx, by, width = _per_picture(ax, ay, bx, by, np.asarray(width))
+    dx, dy = bx - ax, by - ay
+    length2 = (dx * dx + dy * dy).astype(np.int32)
+    along = dx * (X - ax) + dy * (Y - ay)
+    across = (dx * (Y - ay) - dy * (X - ax)).astype(np.int32)  # length * signed distance
+    across *= np.where((dx < 0) | ((dx == 0) & (dy < 0)), -1, 1)  # the same from either end
+    # |distance| <= width / 2, squared and times 4 so that it stays an integer. One edge is
+    # in, the other out: else an upright line of width 2 would cover three columns.
+    reach, offset = width * width * length2, 4 * across * np.abs(across)
+    return (along >= 0) & (along <= length2) & (-reach < offset) & (offset <= reach)
+
+
+DRAW = {"circle": circle, "rectangle": rectangle, "triangle": triangle, "line": line}
+
+
+# ---------------------------------------------------------------------------------------
+# 3. A data set
+# ---------------------------------------------------------------------------------------
+
+
+def random_shapes(kind, m, rng):
+    """m shapes of one kind, each legal shape equally likely: integers (m, k)."""
+    found = np.empty((0, len(PARAMETERS[kind])), dtype=np.int16)
+    while len(found) < m:  # draw from the whole frame, keep what is legal
+        tries = rng.integers(0, SIZE, (16 * m, found.shape[1]), dtype=np.int16)
+        if kind == "circle":
+            tries[:, 2] = rng.integers(RADIUS[0], RADIUS[1] + 1, len(tries))
+        if kind == "line":
+            tries[:, 4] = rng.integers(WIDTH[0], WIDTH[1] + 1, len(tries))
+        found = np.concatenate([found, tries[is_legal(kind, tries)]])
+    return found[:m]
+
+
+def draw(kinds, params):
+    """The union of each picture's shapes: int (n, 3), int (n, 3, 6) -> bool (n, 32, 32)."""
+    pictures = np.zeros((len(kinds), SIZE, SIZE), dtype=bool)
+    for k, kind in enumerate(KINDS):
+        for slot in range(MAX_SHAPES):
+            which = kinds[:, slot] == k
+            integers = params[which, slot, : len(PARAMETERS[kind])]
+            pictures[which] |= DRAW[kind](*integers.T)
+    return pictures
+
+
+def touches(mask, picture):
+    """Says where a shape overlaps or touches, also at a corner, what is drawn already.
+
+    mask: bool (m, 32, 32). picture: bool (m, 32, 32). Returns bool (m,).
+    """
+    # Every pixel of the picture, grown to the 3x3 block around it, one axis at a time.
+    near = picture.copy()  # (m, 32, 32)
+    near[:, 1:] |= picture[:, :-1]
+    near[:, :-1] |= picture[:, 1:]
+    wide = near.copy()
+    wide[:, :, 1:] |= near[:, :, :-1]
+    wide[:, :, :-1] |= near[:, :, 1:]
+    return (mask & wide).any((1, 2))
+
+
+def make_scenes(n, seed):
+    """Draws n pictures and says what is in them.
+
+    Returns pictures, uint8 (n, 32, 32), background 0 and shape 1; kinds, int (n, 3), an
+    index into KINDS or -1 for "no shape"; params, int (n, 3, 6), the integers of each
+    shape as in PARAMETERS, the unused ones 0. Number of shapes and kinds are uniform.
+    """
+    rng = np.random.default_rng(seed)
+    count = rng.integers(1, MAX_SHAPES + 1, n)
+    kinds = rng.integers(0, len(KINDS), (n, MAX_SHAPES))
+    kinds[np.arange(MAX_SHAPES) >= count[:, None]] = -1
+    params = np.zeros((n, MAX_SHAPES, 6), dtype=np.int64)
+    pictures = np.zeros((n, SIZE, SIZE), dtype=bool)
+    todo = np.arange(n)
+    while len(todo):
+        pictures[todo] = False
+        stuck = []
+        for slot in range(MAX_SHAPES):
+            for k, kind in enumerate(KINDS):
+                left = todo[kinds[todo, slot] == k]
+                for _ in range(TRIES):
+                    if len(left) == 0:
+                        break
+                    shapes = random_shapes(kind, len(left), rng)
+                    masks = DRAW[kind](*shapes.T)  # (m, 32, 32)
+                    bad = touches(masks, pictures[left])
+                    pictures[left[~bad]] |= masks[~bad]
+                    params[left[~bad], slot, : shapes.shape[1]] = shapes[~bad]
+                    left = left[bad]
+                stuck.append(left)
+        # No room was left for some shape: those pictures begin again. Their number and
+        # kinds of shapes stay as drawn, else small shapes and small numbers would win.
+        todo = np.unique(np.concatenate(stuck))
+    return pictures.astype(np.uint8), kinds, params
+
+
+def make_dataset(n, seed):
+    """n pictures, uint8 (n, 32, 32), background 0 and shape 1."""
+    return make_scenes(n, seed)[0]
+
+
+# ---------------------------------------------------------------------------------------
+# 4. What the model sees, and what people see
+# ---------------------------------------------------------------------------------------
+
+
+def to_model(pictures):
+    """0/1 pictures (n, 32, 32) -> float32 (n, 1, 32, 32), background -1 and shape 1.
+
+    The reverse process starts from noise of mean 0 and variance 1, and a network likes its
+    input on one scale throughout: so the data is centred on 0 too (Ho et al., Section 3.3).
+    """
+    return np.asarray(pictures, dtype=np.float32)[:, None] * 2 - 1
+
+
+def from_model(x):
+    """(n, 1, 32, 32), about [-1, 1] -> float32 (n, 32, 32) in [0, 1], cut off there."""
+    return np.clip((np.asarray(x, dtype=np.float32)[:, 0] + 1) / 2, 0, 1)
+
+
+def tile(pictures, columns=8, scale=4):
+    """Pictures side by side: (n, 32, 32) in [0, 1] -> one float array (height, width).
+
+    Every pixel becomes scale x scale pixels, grey lines stand between the pictures.
+    """
+    n = len(pictures)
+    rows = math.ceil(n / columns)
+    cells = np.ones((rows * columns, SIZE, SIZE), dtype=np.float32)
+    cells[:n] = pictures
+    cells = cells.repeat(scale, axis=1).repeat(scale, axis=2)
+    cells = np.pad(cells, ((0, 0), (1, 1), (1, 1)), constant_values=0.5)
+    cells = cells.reshape(rows, columns, *cells.shape[1:])  # (rows, columns, side, side)
+    return cells.transpose(0, 2, 1, 3).reshape(rows * cells.shape[2], -1)
+
+
+def save_picture(path, picture):
+    """Saves an array (height, width) in [0, 1] as a grey PNG, pixel for pixel."""
+    imsave(path, picture, cmap="gray", vmin=0, vmax=1)
+
+
+def save_labelled_grid(path, n, seed):
+    """Saves n pictures of the data with the kinds of their shapes above them."""
+    pictures, kinds, _ = make_scenes(n, seed)
+    columns = min(n, 8)
+    rows = math.ceil(n / columns)
+    figure = Figure(figsize=(1.3 * columns, 1.6 * rows), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, picture, kind in zip(figure.axes, pictures, kinds):
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
+        axes.set_title("\n".join(KINDS[k] for k in kind if k >= 0), fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Save a labelled grid of the data as a picture.")
+    parser.add_argument("--output", default="shapes.png", help="the file (default: %(default)s)")
+    parser.add_argument("--n", type=int, choices=range(1, 257), metavar="1..256", default=32, help="pictures (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the data (default: %(default)s)")
+    args = parser.parse_args()
+    save_labelled_grid(args.output, args.n, args.seed)
+    print(f"saved {args.output}")
+
+
+if __name__ == "__main__":
+    main()

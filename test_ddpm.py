@@ -1,0 +1,799 @@
+"""Holds the program against computations made in another way: python -m pytest
+
+Good samples do not prove correct code. Every test here says what it would catch.
+"""
+
+import hashlib
+import inspect
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ddpm
+import sample
+import shapes
+import train
+
+HERE = Path(__file__).parent
+T = ddpm.T
+SCHEDULE = ddpm.Schedule()
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def awake(model):
+    """Random numbers in all weights: the layers that start at 0 would hide what is behind."""
+    for i, p in enumerate(model.parameters()):
+        p.data = p.data + 0.05 * noise(*p.shape, seed=i)
+    return model
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Makes every new UNet a small one, and validation and samples cheap."""
+    monkeypatch.setattr(ddpm.UNet.__init__, "__defaults__", ((8, 8, 8), 16, 8, 16))
+    monkeypatch.setattr(train, "HELD_OUT", 32)
+    monkeypatch.setattr(train, "GRID", 2)
+    monkeypatch.setattr(train, "GRID_STEPS", 2)
+
+
+# --- The data --------------------------------------------------------------------------
+
+
+def test_pictures_are_the_same_bytes_everywhere():
+    """Catches: any change to what is drawn or in which order random numbers are used."""
+    digest = hashlib.sha256(shapes.make_dataset(1000, seed=0).tobytes()).hexdigest()
+    assert digest[:16] == "a52eaee108dc2deb"
+    assert not np.array_equal(shapes.make_dataset(9, seed=0), shapes.make_dataset(9, seed=1))
+
+
+def slowly(kind, p):
+    """Draws a shape pixel by pixel, by another definition than shapes.py where there is one."""
+    picture = np.zeros((32, 32), dtype=bool)
+    for y in range(32):
+        for x in range(32):
+            if kind == "circle":
+                inside = math.hypot(x - p[0], y - p[1]) < p[2] + 0.5
+            elif kind == "rectangle":
+                inside = x in range(p[0], p[2] + 1) and y in range(p[1], p[3] + 1)
+            elif kind == "triangle":
+                inside = square_meets_triangle(x, y, np.array(p, dtype=float).reshape(3, 2))
+            else:
+                if (p[2], p[3]) < (p[0], p[1]):
+                    p = (p[2], p[3], p[0], p[1], p[4])
+                length = math.hypot(p[2] - p[0], p[3] - p[1])
+                u = ((p[2] - p[0]) / length, (p[3] - p[1]) / length)
+                along = (x - p[0]) * u[0] + (y - p[1]) * u[1]
+                across = (y - p[1]) * u[0] - (x - p[0]) * u[1]
+                inside = -1e-9 <= along <= length + 1e-9
+                inside &= -p[4] / 2 + 1e-9 < across <= p[4] / 2 + 1e-9
+            picture[y, x] = inside
+    return picture
+
+
+def square_meets_triangle(x, y, corners):
+    """Clips the triangle to the pixel's square (Sutherland-Hodgman): is any area left?"""
+    polygon = [tuple(c) for c in corners]
+    for axis, sign, limit in ((0, 1, x - 0.5), (0, -1, -x - 0.5), (1, 1, y - 0.5), (1, -1, -y - 0.5)):
+        clipped = []
+        for a, b in zip(polygon, polygon[1:] + polygon[:1]):
+            da, db = sign * a[axis] - limit, sign * b[axis] - limit
+            if da >= 0:
+                clipped.append(a)
+            if da * db < 0:
+                s = da / (da - db)
+                clipped.append((a[0] + s * (b[0] - a[0]), a[1] + s * (b[1] - a[1])))
+        polygon = clipped
+    area = sum(a[0] * b[1] - b[0] * a[1] for a, b in zip(polygon, polygon[1:] + polygon[:1]))
+    return abs(area) > 1e-9
+
+
+@pytest.mark.parametrize("kind", shapes.KINDS)
+def test_each_shape_against_a_slow_drawing(kind):
+    """Catches: mirrored, shifted or half-open shapes; a wrong rounding; a lost edge."""
+    params = shapes.random_shapes(kind, 12, np.random.default_rng(5)).astype(int)
+    masks = shapes.DRAW[kind](*params.T)
+    for p, mask in zip(params.tolist(), masks):
+        assert np.array_equal(mask, slowly(kind, p)), (kind, p)
+
+
+@pytest.mark.parametrize("kind", shapes.KINDS)
+def test_every_shape_keeps_its_limits_and_stays_inside(kind):
+    """Catches: a limit that is not enforced, a shape that the frame cuts off."""
+    p = shapes.random_shapes(kind, 3000, np.random.default_rng(1)).astype(int)
+    masks = np.pad(shapes.DRAW[kind](*p.T), ((0, 0), (0, 1), (0, 1)))
+    columns, rows = masks.any(1).sum(1), masks.any(2).sum(1)
+    if kind == "circle":
+        assert set(p[:, 2]) == set(range(shapes.RADIUS[0], shapes.RADIUS[1] + 1))
+        assert np.array_equal(columns, 2 * p[:, 2] + 1) and np.array_equal(rows, columns)
+    elif kind == "rectangle":
+        low, high = shapes.SIDE
+        assert {columns.min(), rows.min()} == {low} and {columns.max(), rows.max()} == {high}
+        assert np.array_equal(masks.sum((1, 2)), columns * rows)
+    elif kind == "triangle":
+        assert max(columns.max(), rows.max()) == shapes.SPAN
+        v = p.reshape(-1, 3, 2)
+        sides = np.stack([np.linalg.norm(v[:, i] - v[:, i - 1], axis=1) for i in range(3)])
+        s = sides.sum(0) / 2  # Heron's formula
+        area = np.sqrt(s * (s - sides[0]) * (s - sides[1]) * (s - sides[2]))
+        height = 2 * area / sides.max(0)
+        assert shapes.HEIGHT - 1e-6 <= height.min() < shapes.HEIGHT + 0.1
+        assert np.array_equal(columns, np.ptp(v[..., 0], axis=1) + 1)
+    else:
+        length = np.hypot(p[:, 2] - p[:, 0], p[:, 3] - p[:, 1])
+        assert length.min() >= shapes.LENGTH[0] and length.max() <= shapes.LENGTH[1]
+        # As much area as a line of this length and width has: nothing is cut off.
+        assert np.abs(masks.sum((1, 2)) / ((length + 1) * p[:, 4]) - 1).max() < 0.2
+
+
+def test_a_data_set_holds_what_it_says():
+    """Catches: uneven kinds or numbers, shapes that touch, labels that are not the picture's."""
+    pictures, kinds, params = shapes.make_scenes(6000, seed=3)
+    assert pictures.shape == (6000, 32, 32) and pictures.dtype == np.uint8
+    assert set(np.unique(pictures)) == {0, 1}
+    count = np.bincount((kinds >= 0).sum(1), minlength=4)
+    assert count[0] == 0 and np.abs(count[1:] - 2000).max() < 5 * math.sqrt(2000)
+    kind = np.bincount(kinds[kinds >= 0], minlength=4)
+    assert np.abs(kind - kind.mean()).max() < 5 * math.sqrt(kind.mean())
+    for picture, ks, ps in list(zip(pictures, kinds, params))[:300]:
+        drawn = [shapes.DRAW[shapes.KINDS[k]](*p[: len(shapes.PARAMETERS[shapes.KINDS[k]])]) for k, p in zip(ks, ps) if k >= 0]
+        assert np.array_equal(np.any(drawn, axis=0), picture)
+        for i, a in enumerate(drawn):
+            for b in drawn[:i]:
+                pa, pb = np.argwhere(a), np.argwhere(b)
+                apart = np.abs(pa[:, None] - pb[None]).max(2).min()
+                assert apart >= 2
+
+
+def test_ten_thousand_pictures_take_well_under_a_second_or_two():
+    """Catches: a loop over pictures. The bound is loose, since test machines are busy."""
+    start = time.process_time()
+    assert len(shapes.make_dataset(10_000, seed=0)) == 10_000
+    assert time.process_time() - start < 5
+
+
+def test_model_range_and_back():
+    """Catches: pictures scaled to [0, 1], a missing channel, float64."""
+    pictures = shapes.make_dataset(20, seed=0)
+    x = shapes.to_model(pictures)
+    assert x.shape == (20, 1, 32, 32) and x.dtype == np.float32
+    assert set(np.unique(x)) == {-1, 1}
+    assert np.array_equal(shapes.from_model(x), pictures)
+    assert shapes.tile(pictures, columns=7, scale=2).shape == (3 * 66, 7 * 66)
+
+
+# --- Schedule and forward process ------------------------------------------------------
+
+
+def test_schedule_against_a_plain_loop():
+    """Catches: a beta index off by one, alpha for alpha_bar, float32 in the product."""
+    product = 1.0
+    assert SCHEDULE.alpha_bar[0] == 1 and SCHEDULE.one_minus_alpha_bar[0] == 0
+    for t in range(1, T + 1):
+        beta = 1e-4 + (0.02 - 1e-4) * (t - 1) / (T - 1)
+        product *= 1 - beta
+        assert SCHEDULE.beta[t].item() == pytest.approx(beta, rel=1e-6)
+        assert SCHEDULE.alpha[t].item() == pytest.approx(1 - beta, rel=1e-6)
+        assert SCHEDULE.alpha_bar[t].item() == pytest.approx(product, rel=1e-6)
+        assert SCHEDULE.one_minus_alpha_bar[t].item() == pytest.approx(1 - product, rel=1e-6)
+    assert T == 1000 and product < 1e-4
+    assert all(getattr(SCHEDULE, name).dtype == torch.float32 for name in vars(SCHEDULE))
+    assert (SCHEDULE.snr().diff() < 0).all() and len(SCHEDULE.snr()) == T
+
+
+def test_one_jump_equals_a_thousand_steps():
+    """Catches: a wrong q(x_t | x_0). Eq. 2 is applied step by step, Eq. 4 is not used."""
+    mean, variance = 1.0, 0.0  # of x_t for x_0 = 1, by the rules for sums of Gaussians
+    x, generator = torch.full((20_000,), 0.7), torch.Generator().manual_seed(0)
+    for t in range(1, T + 1):
+        beta = 1e-4 + (0.02 - 1e-4) * (t - 1) / (T - 1)
+        mean, variance = math.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
+        x = math.sqrt(1 - beta) * x + math.sqrt(beta) * torch.randn(x.shape, generator=generator)
+        one, at = torch.ones(1, 1, 1, 1), torch.tensor([t])
+        assert ddpm.q_sample(SCHEDULE, one, at, 0 * one).item() == pytest.approx(mean, rel=1e-5)
+        std = ddpm.q_sample(SCHEDULE, 0 * one, at, one).item()
+        assert std == pytest.approx(math.sqrt(variance), rel=1e-5)
+        if t in (1, 10, 300, T):  # and once with real noise
+            jump = ddpm.q_sample(SCHEDULE, 0.7 * one, at, noise(20_000, 1, 1, 1, seed=t))
+            assert x.mean().item() == pytest.approx(jump.mean().item(), abs=0.03)
+            assert x.std().item() == pytest.approx(jump.std().item(), rel=0.03)
+
+
+def test_x_0_and_eps_give_each_other():
+    """Catches: a lost square root, t that is not used per picture."""
+    x_0, eps, t = noise(5, 1, 32, 32), noise(5, 1, 32, 32, seed=1), torch.tensor([1, 9, 300, 700, T])
+    x_t = ddpm.q_sample(SCHEDULE, x_0, t, eps)
+    assert torch.allclose(ddpm.predict_x_0(SCHEDULE, x_t, t, eps), x_0, atol=2e-3)
+    each = [ddpm.q_sample(SCHEDULE, x_0[i : i + 1], t[i : i + 1], eps[i : i + 1]) for i in range(5)]
+    assert torch.allclose(torch.cat(each), x_t)
+
+
+# --- The network -----------------------------------------------------------------------
+
+
+def test_time_embedding():
+    """Catches: two t that look the same, degrees of the wrong size."""
+    e = ddpm.time_embedding(torch.arange(T + 1), 128)
+    assert e.shape == (T + 1, 128) and e.abs().max() <= 1
+    assert torch.cdist(e, e).fill_diagonal_(9).min() > 0.1
+    for i in (0, 7, 63):
+        assert e[500, i].item() == pytest.approx(math.sin(500 / 10_000 ** (i / 64)), abs=1e-4)
+        assert e[500, 64 + i].item() == pytest.approx(math.cos(500 / 10_000 ** (i / 64)), abs=1e-4)
+
+
+@pytest.mark.parametrize("channels, side", [(64, 16), (64, 4), (16, 32)])
+def test_attention_against_a_naive_loop(channels, side):
+    """Catches: softmax over the wrong axis, a missing 1/sqrt(d), mixed up heads or pixels."""
+    attention = awake(ddpm.Attention(channels))
+    x = noise(2, channels, side, side)
+    got = attention(x)
+    y = torch.nn.functional.group_norm(x, 8, attention.norm.weight, attention.norm.bias)
+    block = max(1, side // ddpm.KEYS)
+    grid = [(i, j) for i in range(0, side, block) for j in range(0, side, block)]
+    pooled = torch.stack([y[:, :, i : i + block, j : j + block].mean((2, 3)) for i, j in grid], 1)
+    w, b = attention.key_value.weight, attention.key_value.bias
+    keys, values = pooled @ w[:channels].T + b[:channels], pooled @ w[channels:].T + b[channels:]
+    d = channels // attention.heads
+    for i, j in [(0, 0), (1, 3), (side - 1, 0), (side - 1, side - 1)]:
+        query = y[:, :, i, j] @ attention.query.weight.T + attention.query.bias
+        parts = []
+        for h in range(attention.heads):
+            s = slice(h * d, (h + 1) * d)
+            scores = torch.stack([(query[:, s] * keys[:, m, s]).sum(1) for m in range(len(grid))], 1)
+            weights = (scores / math.sqrt(d)).exp()
+            weights = weights / weights.sum(1, keepdim=True)
+            parts.append(sum(weights[:, m, None] * values[:, m, s] for m in range(len(grid))))
+        want = x[:, :, i, j] + torch.cat(parts, 1) @ attention.out.weight.T + attention.out.bias
+        assert torch.allclose(got[:, :, i, j], want, atol=1e-4)
+
+
+def test_the_network_as_described():
+    """Catches: a level without attention, a block without time, a bottleneck that shrank."""
+    model, seen = ddpm.UNet(), {"attention": set(), "channels": {}}
+    assert 2e6 <= sum(p.numel() for p in model.parameters()) <= 4e6
+    assert sum(row[3] for row in ddpm.stages(model)) == sum(p.numel() for p in model.parameters())
+    blocks = [m for m in model.modules() if isinstance(m, ddpm.ResBlock)]
+    used = []
+    for m in model.modules():
+        if isinstance(m, ddpm.Attention):
+            m.register_forward_hook(lambda m, i, o: seen["attention"].add(o.shape[-1]))
+        if isinstance(m, ddpm.ResBlock):
+            m.register_forward_hook(lambda m, i, o: seen["channels"].update({o.shape[-1]: o.shape[1]}))
+            m.time.register_forward_hook(lambda m, i, o: used.append(m))
+    out = model(noise(2, 1, 32, 32), torch.tensor([1, T]))
+    assert out.shape == (2, 1, 32, 32)
+    assert seen["attention"] == {32, 16, 8, 4}
+    assert seen["channels"][4] == 512
+    assert seen["channels"][32] < seen["channels"][16] < seen["channels"][8] < 512
+    assert used == [b.time for b in blocks] and len(blocks) >= 8
+    assert not list(model.buffers()), "what is not a weight must not be saved or averaged"
+
+
+def test_every_block_listens_to_the_time_and_every_norm_and_skip_is_used():
+    """Catches: t ignored, in one block or all; a norm built and never applied; a lost skip."""
+    model = awake(ddpm.UNet())
+    x = noise(2, 1, 32, 32)
+    with torch.no_grad():
+        a, b = model(x, torch.tensor([10, 10])), model(x, torch.tensor([11, 900]))
+        assert (a - b).abs().amax((1, 2, 3)).min() > 1e-3
+        for block in (m for m in model.modules() if isinstance(m, ddpm.ResBlock)):
+            block.time.weight.add_(1)
+            assert not torch.equal(model(x, torch.tensor([10, 10])), a)
+            block.time.weight.sub_(1)
+    model(x, torch.tensor([3, 700])).square().sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+def test_skips_join_the_level_of_their_own_resolution():
+    """Catches: skips in the wrong order, or taken after the pooling."""
+    model, down, up = awake(ddpm.UNet()), [], []
+    for level in model.down:
+        level.register_forward_hook(lambda m, i, o: down.append(o))
+    for level in model.up:
+        level.register_forward_hook(lambda m, i, o: up.append(i[1]))
+    model(noise(1, 1, 32, 32), torch.tensor([5]))
+    assert [x.shape[-1] for x in down] == [32, 16, 8]
+    assert all(a is b for a, b in zip(up, reversed(down)))
+
+
+def test_pictures_of_a_batch_do_not_see_each_other():
+    """Catches: BatchNorm, attention across the batch, a view that mixes up axes."""
+    model, x, t = awake(ddpm.UNet()), noise(3, 1, 32, 32), torch.tensor([1, 500, T])
+    with torch.no_grad():
+        together = model(x, t)
+        alone = torch.cat([model(x[i : i + 1], t[i : i + 1]) for i in range(3)])
+    assert torch.allclose(together, alone, atol=1e-4)
+
+
+# --- Reverse process -------------------------------------------------------------------
+
+
+def any_model(x, t):
+    """A network that is quick and right about nothing: eps depends on x, neighbours and t."""
+    return x.tanh() + 0.3 * x.roll(1, 3) + (t / 300).sin()[:, None, None, None]
+
+
+def test_eq_11_is_eq_7_with_the_predicted_x_0():
+    """Catches: a wrong coefficient in Algorithm 2, alpha for alpha_bar, noise at the end."""
+    a_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, T))
+    x_t, eps, z = noise(1, 1, 4, 4), noise(1, 1, 4, 4, seed=1), noise(1, 1, 4, 4, seed=2)
+    for t in range(1, T + 1):
+        beta, now = 1e-4 + (0.02 - 1e-4) * (t - 1) / (T - 1), a_bar[t - 1]
+        before = a_bar[t - 2] if t > 1 else 1.0
+        x_0 = (x_t.double() - math.sqrt(1 - now) * eps.double()) / math.sqrt(now)
+        mean = math.sqrt(before) * beta / (1 - now) * x_0
+        mean += math.sqrt(1 - beta) * (1 - before) / (1 - now) * x_t.double()
+        std = math.sqrt((1 - before) / (1 - now) * beta)
+        got = ddpm.ddpm_step(SCHEDULE, x_t, t, eps, 0 * z)
+        assert torch.allclose(got.double(), mean, atol=1e-4), t
+        got = ddpm.ddpm_step(SCHEDULE, x_t, t, eps, z)
+        assert torch.allclose(got.double(), mean + std * z.double(), atol=1e-4), t
+        if t == 1:
+            assert std == 0 and torch.equal(got, ddpm.ddpm_step(SCHEDULE, x_t, 1, eps, 100 * z))
+
+
+def test_ddim_at_eta_1_is_algorithm_2():
+    """Catches: a wrong sigma, a missing square root, the wrong alpha_bar in DDIM."""
+    x_t, eps, z = noise(2, 1, 8, 8), noise(2, 1, 8, 8, seed=1), noise(2, 1, 8, 8, seed=2)
+    for t in range(1, T + 1):
+        one = ddpm.ddpm_step(SCHEDULE, x_t, t, eps, z)
+        two = ddpm.ddim_step(SCHEDULE, x_t, t, t - 1, eps, z, eta=1)
+        assert torch.allclose(one, two, atol=2e-4), t
+    x_T = noise(2, 1, 32, 32)
+    one, two = (
+        ddpm.sample(any_model, SCHEDULE, x_T, T, eta, torch.Generator().manual_seed(3)) for eta in (None, 1)
+    )
+    assert torch.allclose(one, two, atol=1e-2) and not torch.equal(one, x_T)
+
+
+def test_ddim_without_noise_lands_where_q_puts_it():
+    """Catches: DDIM's step landing on the wrong alpha_bar."""
+    x_0, eps = noise(1, 1, 8, 8), noise(1, 1, 8, 8, seed=1)
+    for t, s in [(T, 500), (500, 499), (300, 1), (1, 0), (T, 0)]:
+        x_t = ddpm.q_sample(SCHEDULE, x_0, torch.tensor([t]), eps)
+        x_s = ddpm.q_sample(SCHEDULE, x_0, torch.tensor([s]), eps)
+        assert torch.allclose(ddpm.ddim_step(SCHEDULE, x_t, t, s, eps, 0, eta=0), x_s, atol=1e-2)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 20, 50, 999, 1000])
+def test_both_ends_of_the_schedule_are_visited(steps):
+    """Catches: sampling that starts below T or never reaches t = 1, repeated steps."""
+    times = ddpm.timesteps(steps)
+    assert times[0] == T and times[-1] == 0 and len(times) == steps + 1
+    assert all(a > b for a, b in zip(times, times[1:]))
+    assert steps == 1 or times[-2] == 1
+    assert steps < T or times == list(range(T, -1, -1))
+
+
+def test_steps_out_of_range():
+    for steps in (0, -1, T + 1):
+        with pytest.raises(ValueError, match="steps must be between 1 and 1000"):
+            ddpm.timesteps(steps)
+
+
+@pytest.mark.parametrize("steps", [T, 100])
+def test_the_perfect_network_gives_the_distribution_back(steps):
+    """Catches: nearly any mistake in the reverse process.
+
+    Every pixel is +1 with probability 0.3 and else -1. Then the best possible eps is known
+    (Bayes' rule on Eq. 4), and the sampler must find 30 % again, with values of +-1.
+    """
+
+    def best(x, t):
+        a, n = SCHEDULE.alpha_bar[t[0]], SCHEDULE.one_minus_alpha_bar[t[0]]
+        x_0 = torch.tanh(a.sqrt() * x / n + 0.5 * math.log(0.3 / 0.7))
+        return (x - a.sqrt() * x_0) / n.sqrt()
+
+    x = ddpm.sample(best, SCHEDULE, noise(40, 1, 32, 32), steps, generator=torch.Generator().manual_seed(1))
+    assert (x > 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert (x.abs() - 1).abs().max() < 0.05
+
+
+def test_the_perfect_network_gives_a_spread_back():
+    """Catches: a wrong sigma. The data is Gaussian, mean 0.1 and deviation 0.2."""
+
+    def best(x, t):
+        a, n = SCHEDULE.alpha_bar[t[0]], SCHEDULE.one_minus_alpha_bar[t[0]]
+        x_0 = 0.1 + a.sqrt() * 0.2**2 / (a * 0.2**2 + n) * (x - a.sqrt() * 0.1)
+        return (x - a.sqrt() * x_0) / n.sqrt()
+
+    x = ddpm.sample(best, SCHEDULE, noise(40, 1, 32, 32), generator=torch.Generator().manual_seed(1))
+    assert x.mean().item() == pytest.approx(0.1, abs=0.005)
+    assert x.std().item() == pytest.approx(0.2, rel=0.03)
+
+
+def test_a_seed_means_the_same_picture():
+    """Catches: noise that the generator does not control, a guess outside [-1, 1]."""
+    for steps, eta in [(T, None), (5, None), (5, 1.0)]:
+        a, b, c = (
+            ddpm.sample(any_model, SCHEDULE, noise(1, 1, 32, 32), steps, eta, torch.Generator().manual_seed(s))
+            for s in (1, 1, 2)
+        )
+        assert torch.equal(a, b)
+        assert torch.equal(a, c) == (steps == 5 and eta is None)
+    walk = list(ddpm.reverse_process(any_model, SCHEDULE, noise(1, 1, 32, 32), 5))
+    assert [t for t, _, _ in walk] == ddpm.timesteps(5)
+    assert all(x_0.abs().max() <= 1.001 for _, _, x_0 in walk)
+
+
+# --- Training --------------------------------------------------------------------------
+
+
+def test_a_small_network_learns_a_few_pictures_by_heart():
+    """Catches: a loss without a minimum at the noise, gradients that do not arrive."""
+    torch.manual_seed(0)
+    model = ddpm.UNet((8, 16, 16), 32, 16, 32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    x_0 = torch.from_numpy(shapes.to_model(shapes.make_dataset(4, seed=0)))
+    t, eps = torch.tensor([50, 200, 400, 700]), noise(4, 1, 32, 32)
+    first = ddpm.loss_fn(model, SCHEDULE, x_0, t, eps).item()
+    for _ in range(150):
+        loss = ddpm.loss_fn(model, SCHEDULE, x_0, t, eps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert first == pytest.approx(eps.square().mean().item(), rel=1e-4)  # the output begins at 0
+    assert loss.item() < 0.1 * first
+
+
+def test_training_visits_every_t_from_1_to_T(monkeypatch):
+    """Catches: t drawn from 0..T-1 or 1..T-1: sampling would start where nobody trained."""
+    seen = []
+    monkeypatch.setattr(ddpm, "loss_fn", lambda m, s, x, t, e: seen.append(t) or sum(p.sum() for p in m.parameters()))
+    model = torch.nn.Linear(1, 1)
+    optimizer, ema = torch.optim.SGD(model.parameters(), lr=0.0), ddpm.EMA(model)
+    for step in range(1, 11):
+        train.train_step(model, ema, optimizer, SCHEDULE, torch.zeros(4000, 1, 1, 1), torch.Generator().manual_seed(step), step, 0.0)
+    t = torch.cat(seen)
+    assert set(t.tolist()) == set(range(1, T + 1))
+    assert torch.bincount(t)[1:].float().std() < 3 * math.sqrt(40)
+
+
+def test_ema_by_hand_and_the_schedule_is_left_alone():
+    """Catches: an average without warm-up, of buffers, or one that never moves."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(1.0)
+    ema, average = ddpm.EMA(model, decay=0.9), 1.0
+    for step in range(1, 200):
+        model.weight.data.fill_(float(step))
+        ema.update(model, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * step
+        assert ema.model.weight.item() == pytest.approx(average, rel=1e-4)
+    assert not any(p.requires_grad for p in ema.model.parameters())
+    assert not isinstance(SCHEDULE, torch.nn.Module)
+
+
+def run_train(monkeypatch, folder, *flags):
+    """train.py in this process, with a tiny network; returns the state it left behind."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--samples", "64", "--batch-size", "16", "--lr", "1e-3", "--device", "cpu", *flags, "--checkpoints", str(folder), "--logs", str(folder / "logs")])
+    if "--resume" in flags:
+        del sys.argv[1:7]
+    train.main()
+    return torch.load(folder / "latest.pt", weights_only=True)
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+LEARNED = ("model", "ema", "optimizer", "generator", "epoch", "step")
+
+
+def test_two_epochs_and_two_more_are_four(tiny, monkeypatch, tmp_path):
+    """Catches: random state, optimizer or EMA not restored, data replayed, a skipped epoch."""
+    whole = run_train(monkeypatch, tmp_path / "a", "--epochs", "4")
+    run_train(monkeypatch, tmp_path / "b", "--epochs", "2")
+    parts = run_train(monkeypatch, tmp_path / "b", "--resume", "--epochs", "4")
+    other = run_train(monkeypatch, tmp_path / "c", "--epochs", "4", "--seed", "1")
+    for key in LEARNED:
+        assert same(whole[key], parts[key]), key
+    losses = [[(r["train_loss"], r["val_loss"]) for r in s["history"]] for s in (whole, parts)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    assert not same(whole["model"], other["model"])
+    assert not same(whole["model"], whole["ema"])
+
+
+def test_each_epoch_shuffles_anew(tiny, monkeypatch, tmp_path):
+    """Catches: data that is not reshuffled, or pictures used twice in an epoch."""
+    batches = []
+    original = train.train_step
+    monkeypatch.setattr(train, "seconds_per_step", lambda *a: 1.0)
+
+    def spy(model, ema, optimizer, schedule, x_0, *rest):
+        batches.append(x_0.clone())
+        return original(model, ema, optimizer, schedule, x_0, *rest)
+
+    monkeypatch.setattr(train, "train_step", spy)
+    run_train(monkeypatch, tmp_path, "--epochs", "2")
+    first, second = torch.cat(batches[:4]), torch.cat(batches[4:])
+    data = torch.from_numpy(shapes.to_model(shapes.make_dataset(64, seed=0)))
+    assert not torch.equal(first, second) and not torch.equal(first, data)
+    keys = [sorted(p.numpy().tobytes() for p in x) for x in (first, second, data)]
+    assert keys[0] == keys[1] == keys[2]
+
+
+def test_best_is_the_epoch_with_the_lowest_validation_loss(tiny, monkeypatch, tmp_path):
+    """Catches: best saved as latest; a validation loss of the wrong weights."""
+    losses = iter([0.5, 0.2, 0.9, 0.3])
+    monkeypatch.setattr(train, "validation_loss", lambda *a: next(losses))
+    latest = run_train(monkeypatch, tmp_path, "--epochs", "4")
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert best["epoch"] == 2 and latest["epoch"] == 4
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_validation_is_of_the_ema_weights_and_repeatable(tiny, monkeypatch, tmp_path):
+    """Catches: fresh noise in every validation, held-out pictures that were trained on."""
+    state = run_train(monkeypatch, tmp_path, "--epochs", "1")
+    model = ddpm.UNet(**state["config"])
+    model.load_state_dict(state["ema"])
+    held_out = torch.from_numpy(shapes.to_model(shapes.make_dataset(train.HELD_OUT, seed=[0, 1])))
+    losses = {train.validation_loss(model, SCHEDULE, held_out) for _ in range(2)}
+    assert losses == {state["history"][0]["val_loss"]}
+
+
+def test_a_loss_that_is_not_finite_is_never_saved(tiny, monkeypatch, tmp_path, capsys):
+    """Catches: NaN weights in a checkpoint."""
+    before = run_train(monkeypatch, tmp_path, "--epochs", "1")
+    monkeypatch.setattr(ddpm, "loss_fn", lambda m, s, x, t, e: sum(p.sum() for p in m.parameters()) * math.nan)
+    with pytest.raises(SystemExit, match="not finite"):
+        run_train(monkeypatch, tmp_path, "--resume", "--epochs", "2")
+    assert same(before, torch.load(tmp_path / "latest.pt", weights_only=True))
+
+
+def test_a_new_run_moves_an_old_one_aside(tiny, monkeypatch, tmp_path):
+    """Catches: a forgotten --resume that destroys an hour of training."""
+    old = run_train(monkeypatch, tmp_path, "--epochs", "1")
+    run_train(monkeypatch, tmp_path, "--epochs", "1", "--seed", "1")
+    (aside,) = tmp_path.glob("run_*")
+    assert same(old, torch.load(aside / "latest.pt", weights_only=True))
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    """Catches: writing in place, temporary files left behind."""
+    path = tmp_path / "latest.pt"
+    train.save_checkpoint(path, {"a": 1})
+
+    def full(state, file):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        train.save_checkpoint(path, {"a": 2})
+    monkeypatch.undo()
+    assert torch.load(path, weights_only=True) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["latest.pt"]
+
+
+# --- The scripts, as a user runs them --------------------------------------------------
+
+
+def script(*words, cwd, check=True):
+    """Runs a script in a folder of its own; returns the finished process."""
+    environment = dict(os.environ, PYTHONPATH=str(HERE))
+    command = [sys.executable, str(HERE / words[0]), *map(str, words[1:])]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=170)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which train.py has run for an epoch."""
+    folder = tmp_path_factory.mktemp("trained")
+    out = script("train.py", "--epochs", 1, "--samples", 128, "--device", "cpu", cwd=folder).stdout
+    assert "device cpu" in out and "minutes" in out and "validation" in out
+    return folder
+
+
+def test_training_leaves_what_it_promises(trained):
+    """Catches: a missing file; a checkpoint from which nobody can sample or resume."""
+    names = {p.name for p in (trained / "checkpoints").iterdir()}
+    assert names == {"latest.pt", "best.pt", "loss.png", "samples_0001.png"}
+    assert list((trained / "logs").glob("*/events.out.tfevents.*"))
+    state = torch.load(trained / "checkpoints/latest.pt", weights_only=True)
+    assert set(LEARNED) | {"format", "config", "run", "name", "history"} == set(state)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (run,) = (trained / "logs").iterdir()
+    events = EventAccumulator(str(run)).Reload()
+    assert len(events.Scalars("loss/train")) == 2 and len(events.Scalars("loss/validation")) == 1
+    assert len(events.Images("samples")) == 1
+
+
+def test_sampling_from_the_command_line(trained):
+    """Catches: a seed that is not used, missing files, raw weights in place of the EMA."""
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        script("sample.py", "--n", 3, "--steps", 3, "--seed", seed, "--output", f"{name}.png", cwd=trained)
+    a, b, c = ((trained / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c
+    out = script("sample.py", "--show-process", "--n", 2, "--steps", 5, cwd=trained).stdout
+    assert "pictures per second" in out
+    assert (trained / "process.png").read_bytes()[:4] == b"\x89PNG"
+    assert (trained / "process.gif").read_bytes()[:4] == b"GIF8"
+    state, model = train.load_checkpoint(trained / "checkpoints/best.pt")
+    assert same(dict(model.state_dict()), state["ema"])
+
+
+def test_the_other_scripts_run(trained):
+    """Catches: a picture that is not saved, a table that does not add up."""
+    assert "total" in script("ddpm.py", cwd=trained).stdout
+    script("shapes.py", "--n", 9, cwd=trained)
+    assert (trained / "forward.png").exists() and (trained / "shapes.png").exists()
+
+
+def test_ctrl_c_keeps_the_last_epoch_and_says_how_to_go_on(trained, tmp_path):
+    """Catches: a traceback on Ctrl-C, a checkpoint that is lost or cannot be resumed."""
+    command = [sys.executable, str(HERE / "train.py"), "--samples", "64", "--epochs", "99", "--device", "cpu"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    latest, deadline = tmp_path / "checkpoints/latest.pt", time.time() + 120
+    while not latest.exists() and time.time() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert "python train.py --resume" in out
+    done = torch.load(latest, weights_only=True)["epoch"]
+    script("train.py", "--resume", "--epochs", done + 1, "--device", "cpu", cwd=tmp_path)
+    assert torch.load(latest, weights_only=True)["epoch"] == done + 1
+
+
+def broken(kind, path):
+    """Writes a checkpoint that is broken in one way."""
+    good = train.FORMAT
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("not a checkpoint")
+    elif kind == "truncated":
+        torch.save({"format": good, "x": torch.zeros(5000)}, path)
+        path.write_bytes(path.read_bytes()[:9000])
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "code":
+        torch.save({"format": good, "run": print}, path)
+    elif kind == "keys":
+        torch.save({"format": good}, path)
+    elif kind == "list":
+        torch.save([1, 2], path)
+    elif kind == "format":
+        torch.save({"format": good + 1}, path)
+    elif kind == "nan":
+        model = ddpm.UNet((8, 8, 8), 16, 8, 16)
+        ema = {k: v * math.nan for k, v in model.state_dict().items()}
+        torch.save({"format": good, "config": model.config, "ema": ema}, path)
+    elif kind == "shapes":
+        ema = ddpm.UNet((8, 8, 8), 16, 8, 16).state_dict()
+        torch.save({"format": good, "config": {"channels": (8, 8, 16)}, "ema": ema}, path)
+
+
+BROKEN = ("absent", "empty", "text", "truncated", "folder", "code", "keys", "list", "format", "nan", "shapes")
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_checkpoint_gets_one_line(kind, tmp_path):
+    """Catches: a traceback, code run from a file, weights loaded into the wrong network."""
+    path = tmp_path / "broken.pt"
+    broken(kind, path)
+    with pytest.raises(SystemExit) as stop:
+        train.load_checkpoint(path)
+    message = str(stop.value.code)
+    assert message.startswith("error: ") and "broken.pt" in message and "\n" not in message
+
+
+BAD = [
+    ("train.py", "--epochs", "0"),
+    ("train.py", "--epochs", "ten"),
+    ("train.py", "--samples", "-5"),
+    ("train.py", "--samples", "10", "--batch-size", "64"),
+    ("train.py", "--batch-size", "1e3"),
+    ("train.py", "--lr", "nan"),
+    ("train.py", "--lr", "0"),
+    ("train.py", "--seed", "-1"),
+    ("train.py", "--device", "tpu"),
+    ("train.py", "--resume"),
+    ("train.py", "--epoch-count", "3"),
+    ("train.py", "--samples", "64", "--checkpoints", "a_file"),
+    ("train.py", "--samples", "64", "--logs", "a_file/logs"),
+    ("sample.py", "--steps", "1001"),
+    ("sample.py", "--steps", "0"),
+    ("sample.py", "--n", "0"),
+    ("sample.py", "--checkpoint", "nothing.pt"),
+    ("sample.py", "--checkpoint", "a_file"),
+    ("sample.py", "--output", "picture.docx"),
+    ("shapes.py", "--n", "0"),
+]
+
+
+@pytest.mark.parametrize("command", BAD, ids=" ".join)
+def test_bad_input_gets_one_line_and_no_traceback(command, tmp_path, monkeypatch, capsys):
+    """Catches: a traceback for the user, exit code 0 after an error, files lost or made."""
+    (tmp_path / "a_file").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", list(command))
+    module = {"train.py": train, "sample.py": sample, "shapes.py": shapes}[command[0]]
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    error = capsys.readouterr().err.strip().splitlines()
+    message = stop.value.code if isinstance(stop.value.code, str) else error[-1]
+    assert stop.value.code not in (0, None)
+    assert "error: " in message and "\n" not in message
+    assert (tmp_path / "a_file").read_text() == "mine"
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def test_an_error_leaves_the_process_with_one_line(tmp_path):
+    """Catches: what the tests above cannot see, the process itself."""
+    done = script("sample.py", "--checkpoint", "nothing.pt", cwd=tmp_path, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1 and "nothing.pt" in done.stderr
+
+
+# --- The cloud -------------------------------------------------------------------------
+
+
+def test_modal_asks_for_an_a100_and_mounts_the_volume():
+    """Catches: the wrong GPU, a volume of another name, a place that train.py does not use."""
+    import modal_train
+
+    spec = modal_train.train_in_cloud._spec_  # Modal has no public way to look at it
+    assert spec.gpus == "A100"
+    assert list(spec.volumes) == [modal_train.FOLDER]
+    assert "diffusion-checkpoints" in repr(spec.volumes[modal_train.FOLDER])
+
+
+def test_modal_flags_are_those_of_train():
+    """Catches: a flag or a default that was changed in one place only."""
+    import modal_train
+
+    theirs = {n: p.default for n, p in inspect.signature(modal_train.main.info.raw_f).parameters.items()}
+    ours = {a.dest: a.default for a in train.parser()._actions if a.dest != "help"}
+    places = {"checkpoints", "logs"}  # the volume takes their place
+    assert theirs == {flag: default for flag, default in ours.items() if flag not in places}
+
+
+def test_modal_help_needs_no_account_and_no_torch(tmp_path):
+    """Catches: an import of torch on a laptop that has only modal."""
+    code = "import sys; sys.modules['torch'] = None; import modal_train"
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True, timeout=60)
+    command = [sys.executable, "-m", "modal", "run", str(HERE / "modal_train.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    for flag in ("--epochs", "--samples", "--batch-size", "--lr", "--resume", "--seed", "--device"):
+        assert flag in done.stdout
+
+
+def test_modal_body_trains_and_goes_on_after_a_restart(tiny, tmp_path):
+    """Catches: flags that do not arrive; a restart that begins again; a new run that resumes."""
+    import modal_train
+
+    flags = dict(epochs=2, samples=64, batch_size=16, lr=1e-3, seed=0, device="cpu")
+    first = {**flags, "epochs": 1}
+    modal_train.train_in_cloud.local(first, False, "one", str(tmp_path))
+    modal_train.train_in_cloud.local(flags, False, "one", str(tmp_path))
+    state = torch.load(tmp_path / "latest.pt", weights_only=True)
+    assert state["epoch"] == 2 and state["run"] == {k: flags[k] for k in train.RUN}
+    assert not list(tmp_path.glob("run_*"))
+    modal_train.train_in_cloud.local(first, False, "two", str(tmp_path))
+    assert torch.load(tmp_path / "latest.pt", weights_only=True)["epoch"] == 1
+    assert len(list(tmp_path.glob("run_*"))) == 1

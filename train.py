@@ -1,0 +1,354 @@
+"""Trains the diffusion model: python train.py, on CUDA, on MPS or on a CPU.
+
+Writes checkpoints/latest.pt after every epoch, checkpoints/best.pt whenever the validation
+loss is the lowest so far, and beside them samples_*.png and loss.png. The same curves and
+samples are in TensorBoard: tensorboard --logdir logs. Ctrl-C stops, --resume goes on.
+"""
+
+import argparse
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import ddpm
+import shapes
+
+FORMAT = 1  # of a checkpoint; raise it when old ones can no longer be read
+RUN = ("epochs", "samples", "batch_size", "lr", "seed")  # the flags that define a run
+WARMUP = 100  # steps in which the learning rate rises to --lr: Adam's averages are empty
+SAMPLE_EVERY = 5  # epochs between two grids of samples
+HELD_OUT = 512  # pictures for the validation loss
+GRID, GRID_STEPS = 32, 50  # pictures and DDIM steps of a grid
+
+
+def fail(message):
+    """Ends the program with one line and exit code 1."""
+    sys.exit(f"error: {message}")
+
+
+def number(kind, low, high):
+    """An argparse type: a number of this kind between low and high, both included."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:  # also true for nan
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
+        return value
+
+    return parse
+
+
+def parser():
+    """The flags of train.py. modal_train.py has the same ones; a test compares them."""
+    p = argparse.ArgumentParser(
+        description="Train a diffusion model on 32x32 pictures of shapes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument(
+        "--epochs", type=number(int, 1, 10**6), default=100, help="passes over the pictures"
+    )
+    p.add_argument(
+        "--samples", type=number(int, 1, 10**6), default=10_000, help="training pictures to draw"
+    )
+    p.add_argument(
+        "--batch-size", type=number(int, 1, 10**6), default=64, help="pictures per training step"
+    )
+    p.add_argument(
+        "--lr", type=number(float, 1e-12, 1e3), default=2e-4, help="learning rate after warm-up"
+    )
+    p.add_argument(
+        "--resume", action="store_true", help="go on from latest.pt, up to --epochs in all"
+    )
+    p.add_argument(
+        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="of data, weights and noise"
+    )
+    p.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto for the first there is")
+    p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where to save")
+    p.add_argument("--logs", default="logs", metavar="DIR", help="where TensorBoard looks")
+    return p
+
+
+def pick_device(name):
+    """A torch.device for cuda, mps, cpu or auto; ends the program if it is not there."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(d for d in there if there[d]))
+    if not there.get(name.split(":")[0], False):
+        fail(f"--device {name} is not here; there is: {', '.join(d for d in there if there[d])}")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        fail(f"--device {name} is not here; without a number the first one is taken")
+    return torch.device(name)
+
+
+# --- Checkpoints -----------------------------------------------------------------------
+
+
+def save_checkpoint(path, state):
+    """Writes to a temporary file first: a crash half-way leaves the old checkpoint whole."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path):
+    """Reads a checkpoint without running anything in it; ends the program if it is broken.
+
+    Returns (state, model): the saved dictionary and a UNet with the EMA weights, on the CPU.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"{path} does not exist; python train.py makes one")
+    except IsADirectoryError:
+        fail(f"{path} is a folder, not a checkpoint")
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:100]
+        fail(f"{path} is not a checkpoint that can be read ({reason})")
+    if not isinstance(state, dict) or "format" not in state:
+        fail(f"{path} is not a checkpoint of this program")
+    if state["format"] != FORMAT:
+        fail(f"{path} has format {state['format']}, this program reads format {FORMAT}")
+    try:
+        model = ddpm.UNet(**state["config"])
+        model.load_state_dict(state["ema"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:100]
+        fail(f"{path} does not hold the weights of this network ({reason})")
+    if not all(p.isfinite().all() for p in model.parameters()):
+        fail(f"{path} holds weights that are not finite; take an older checkpoint")
+    return state, model.requires_grad_(False)
+
+
+def set_aside(folder):
+    """Moves the files of an earlier run into a folder of their own, so that none is lost."""
+    latest = folder / "latest.pt"
+    if latest.exists():
+        stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(latest.stat().st_mtime))
+        aside = folder / f"run_{stamp}"
+        aside.mkdir(exist_ok=True)
+        for file in [*folder.glob("*.pt"), *folder.glob("*.png")]:
+            file.rename(aside / file.name)
+        print(f"{folder} held an earlier run: moved to {aside}")
+
+
+# --- Pictures and curves ---------------------------------------------------------------
+
+
+def save_curve(path, history):
+    """Draws the training and validation loss of every epoch so far."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    epochs = [row["epoch"] for row in history]
+    axes.plot(epochs, [row["train_loss"] for row in history], label="training")
+    axes.plot(epochs, [row["val_loss"] for row in history], label="validation (EMA weights)")
+    axes.set(xlabel="epoch", ylabel="loss (Eq. 14)", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+# --- Training --------------------------------------------------------------------------
+
+
+def train_step(model, ema, optimizer, schedule, x_0, generator, step, lr):
+    """Algorithm 1, one step: returns the loss, a 0-d tensor still on the device."""
+    t = torch.randint(1, ddpm.T + 1, (len(x_0),), device=x_0.device, generator=generator)
+    eps = torch.randn(x_0.shape, device=x_0.device, generator=generator)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(1, step / WARMUP)
+    loss = ddpm.loss_fn(model, schedule, x_0, t, eps)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    ema.update(model, step)
+    return loss.detach()
+
+
+@torch.no_grad()
+def validation_loss(model, schedule, x_0):
+    """The loss on held-out pictures, always with the same noise and the same t."""
+    t = torch.linspace(1, ddpm.T, len(x_0)).round().long().to(x_0.device)
+    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1)).to(x_0.device)
+    parts = zip(x_0.split(64), t.split(64), eps.split(64))
+    losses = [ddpm.loss_fn(model, schedule, *part) * len(part[0]) for part in parts]
+    return (sum(losses) / len(x_0)).item()
+
+
+def new_run(args, device):
+    """Model, EMA, optimizer and the generator of all training noise, before the first step."""
+    torch.manual_seed(args.seed)
+    model = ddpm.UNet().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    return model, ddpm.EMA(model), optimizer, generator
+
+
+def seconds_per_step(args, device, schedule, data):
+    """Measures the speed on a network that is thrown away, the run is not touched."""
+    model, ema, optimizer, generator = new_run(args, device)
+    for i in range(8):
+        if i == 3:  # the first steps are slower
+            start = time.perf_counter()
+        train_step(model, ema, optimizer, schedule, data[: args.batch_size], generator, 1, args.lr).item()
+    return (time.perf_counter() - start) / 5
+
+
+def train(args, name=None, after_epoch=lambda: None):
+    """Trains as the flags say, args as parse returns them.
+
+    name: of the run in TensorBoard, default: the time now. after_epoch: called without
+    arguments when the files of an epoch are written.
+    """
+    from torch.utils.tensorboard import SummaryWriter  # slow to load, and only needed here
+
+    device = pick_device(args.device)
+    folder = Path(args.checkpoints)
+    latest, best = folder / "latest.pt", folder / "best.pt"
+    saved = None
+    if args.resume:
+        if not latest.exists():
+            fail(f"nothing to resume: {latest} does not exist; start without --resume")
+        saved, ema_model = load_checkpoint(latest)
+        for flag in RUN:  # a flag that was not given is what it was
+            given, was = getattr(args, flag), saved["run"][flag]
+            if given is None or flag == "epochs":
+                setattr(args, flag, was if given is None else given)
+            elif given != was:
+                fail(f"this run was started with --{flag.replace('_', '-')} {was}, not {given}")
+    if args.samples < args.batch_size:
+        fail(f"--samples {args.samples} is less than one batch: --batch-size {args.batch_size}")
+
+    schedule = ddpm.Schedule(device)
+    data = shapes.to_model(shapes.make_dataset(args.samples, seed=args.seed))
+    data = torch.from_numpy(data).to(device)  # (samples, 1, 32, 32), all of it, for good
+    held_out = shapes.to_model(shapes.make_dataset(HELD_OUT, seed=[args.seed, 1]))
+    held_out = torch.from_numpy(held_out).to(device)
+    model, ema, optimizer, generator = new_run(args, device)
+    history, name = [], name or time.strftime("%Y-%m-%d_%H-%M-%S")
+    if saved:
+        try:
+            model.load_state_dict(saved["model"])
+            ema.model.load_state_dict(saved["ema"])
+            optimizer.load_state_dict(saved["optimizer"])
+            generator.set_state(saved["generator"])
+            history, name = saved["history"], saved["name"]
+        except (KeyError, ValueError, RuntimeError, TypeError) as e:
+            fail(f"{latest} cannot be resumed ({str(e).splitlines()[0][:100]})")
+    if len(history) >= args.epochs:
+        print(f"{latest} has {len(history)} epochs already; --epochs with a larger number goes on")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if not saved:
+        set_aside(folder)
+
+    steps = args.samples // args.batch_size  # the rest of a shuffled epoch is left out
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"device {device}: {parameters:,} parameters, {args.samples:,} pictures, {steps} steps an epoch")
+    seconds = seconds_per_step(args, device, schedule, data) * steps * (args.epochs - len(history))
+    print(f"{args.epochs - len(history)} epochs to go, about {seconds / 60:.1f} minutes at the speed now")
+    x_T = torch.randn(GRID, 1, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    writer = SummaryWriter(Path(args.logs) / name, purge_step=len(history) * steps + 1)
+    with writer, tqdm(total=args.epochs * steps, initial=len(history) * steps, unit="step") as bar:
+        for epoch in range(len(history) + 1, args.epochs + 1):
+            start, losses = time.perf_counter(), []
+            order = torch.randperm(args.samples, generator=generator, device=device)
+            for batch in order.split(args.batch_size)[:steps]:
+                step = bar.n + 1
+                loss = train_step(model, ema, optimizer, schedule, data[batch], generator, step, args.lr)
+                losses.append(loss)
+                bar.update()
+                if step % 20 == 0:  # .item() waits for the device, so not at every step
+                    speed = len(losses) * args.batch_size / (time.perf_counter() - start)
+                    bar.set_postfix(epoch=epoch, loss=f"{loss.item():.4f}", pictures_s=f"{speed:.0f}")
+            losses = torch.stack(losses).tolist()
+            if not all(map(math.isfinite, losses)):
+                fail(f"the loss is not finite in epoch {epoch}; nothing of it was saved, try a smaller --lr")
+            row = dict(
+                epoch=epoch,
+                train_loss=sum(losses) / steps,
+                val_loss=validation_loss(ema.model, schedule, held_out),
+                seconds=time.perf_counter() - start,
+            )
+            for i, value in enumerate(losses):
+                writer.add_scalar("loss/train", value, (epoch - 1) * steps + i + 1)
+            writer.add_scalar("loss/validation", row["val_loss"], epoch * steps)
+            if epoch % SAMPLE_EVERY == 0 or epoch == args.epochs:
+                x_0 = ddpm.sample(ema.model, schedule, x_T, steps=GRID_STEPS)
+                grid = shapes.tile(shapes.from_model(x_0.cpu()))
+                writer.add_image("samples", grid[None], epoch * steps)
+                shapes.save_picture(folder / f"samples_{epoch:04d}.png", grid)
+            history.append(row)
+            state = dict(
+                format=FORMAT,
+                config=model.config,
+                run={flag: getattr(args, flag) for flag in RUN},
+                name=name,
+                epoch=epoch,
+                step=epoch * steps,
+                model=model.state_dict(),
+                ema=ema.model.state_dict(),
+                optimizer=optimizer.state_dict(),
+                generator=generator.get_state(),
+                history=history,
+            )
+            # best before latest: killed between the two, the epoch is simply done again.
+            if row["val_loss"] <= min(r["val_loss"] for r in history):
+                save_checkpoint(best, state)
+            save_checkpoint(latest, state)
+            save_curve(folder / "loss.png", history)
+            after_epoch()
+            tqdm.write(f"epoch {epoch}: loss {row['train_loss']:.4f}, validation {row['val_loss']:.4f}")
+
+
+def parse(argv=None):
+    """The flags as an argparse.Namespace; with --resume those not given stay None."""
+    # argparse leaves alone what is already there: so a flag that was given can be told from
+    # a default, and a resumed run keeps its own values for the flags that were not given.
+    flags = parser()
+    args = flags.parse_args(argv, argparse.Namespace(**dict.fromkeys(RUN)))
+    if not args.resume:
+        for flag in RUN:
+            if getattr(args, flag) is None:
+                setattr(args, flag, flags.get_default(flag))
+    return args
+
+
+def main():
+    args = parse()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    try:
+        train(args)
+    except KeyboardInterrupt:
+        where = "" if args.checkpoints == "checkpoints" else f" --checkpoints {args.checkpoints}"
+        if (Path(args.checkpoints) / "latest.pt").exists():
+            print(f"\nstopped; the last complete epoch is kept. To go on: python train.py --resume{where}")
+        else:
+            print("\nstopped before the first epoch was complete: nothing was saved")
+        sys.exit(130)
+    except OSError as e:
+        fail(f"{e.strerror or e}: {e.filename or args.checkpoints}; make room or choose another folder")
+
+
+if __name__ == "__main__":
+    main()

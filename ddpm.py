@@ -95,9 +95,9 @@ def q_sample(schedule, x_0, t, eps):
 # is noise for all practical purposes. It has to be: sampling starts from pure noise, and
 # a network that never saw pure noise in training would not know what to do with it.
 #
-# What is there to learn? Eq. 4 has three unknowns once x_t is given: x_0, eps, and either
-# gives the other. The network predicts eps, the noise. It is always of the same size, mean
-# 0 and variance 1, whatever t is; and it is what Algorithm 2 needs (Section 3.2).
+# What is there to learn? Once x_t is given, Eq. 4 has two unknowns, x_0 and eps, and either
+# gives the other. We ask for eps, the noise: it is always of the same size, mean 0 and
+# variance 1, whatever t is, and it is what Algorithm 2 takes away (Section 3.2).
 
 
 def predict_x_0(schedule, x_t, t, eps):
@@ -262,9 +262,10 @@ class UpLevel(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps_theta(x_t, t): guesses the noise in x_t.
+    """The network inside eps_theta(x_t, t); what it returns is said in the next section.
 
-    channels: at 32x32, 16x16 and 8x8. bottleneck: at 4x4. narrow: see below.
+    channels: at 32x32, 16x16 and 8x8. bottleneck: at 4x4. narrow: see below. time_dim: of
+    the time vector. All multiples of 8.
     """
 
     def __init__(self, channels=(16, 32, 64), bottleneck=512, narrow=128, time_dim=128):
@@ -299,7 +300,7 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, t):
-        """x: float (B, 1, 32, 32). t: int64 (B,) in 1..T. Returns eps: (B, 1, 32, 32)."""
+        """x: float (B, 1, 32, 32). t: int64 (B,) in 1..T. Returns float (B, 1, 32, 32)."""
         time = self.time(time_embedding(t, self.config["time_dim"]))  # (B, time_dim)
         x = self.stem(x.contiguous(memory_format=torch.channels_last))  # (B, c1, 32, 32)
         skips = []
@@ -315,9 +316,27 @@ class UNet(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------
-# 7. The loss
+# 7. The guess and the loss
 # ---------------------------------------------------------------------------------------
-# Maximum likelihood wants -log p(x_0) small. It cannot be computed, but it has a bound
+# Close to t = T nearly all of x_t is noise, so eps is nearly x_t: a network that just copies
+# its input has a loss close to 0 and has learned nothing. The picture hides in the small
+# difference. So the copy is given for free, and the network is asked for what is missing:
+#
+#     eps = sqrt(1 - alpha_bar_t) x_t + sqrt(alpha_bar_t) v
+#
+# With Eq. 4 for x_t, v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0: the noise where
+# the picture is plain to see, (minus) the picture where all is noise, always what x_t does
+# not show already (Salimans & Ho 2022, arXiv 2202.00512). The loss stays that of eps.
+
+
+def eps_theta(model, schedule, x_t, t):
+    """The noise that the network finds in x_t. Shapes as in q_sample."""
+    signal = schedule.alpha_bar[t].sqrt().view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+    noise = schedule.one_minus_alpha_bar[t].sqrt().view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+    return noise * x_t + signal * model(x_t, t)
+
+
+# Which loss? Maximum likelihood wants -log p(x_0) small. It cannot be computed, but it has a bound
 # (Eq. 3 and 5), a sum over t of how far the learned step is from the true step back. For
 # Gaussians this distance is a squared difference of means (Eq. 8), and with the mean
 # written through eps it becomes (Eq. 12)
@@ -336,7 +355,7 @@ def loss_fn(model, schedule, x_0, t, eps):
     ends included (Algorithm 1). eps: standard normal, (B, 1, 32, 32).
     """
     x_t = q_sample(schedule, x_0, t, eps)
-    return F.mse_loss(model(x_t, t), eps)
+    return F.mse_loss(eps_theta(model, schedule, x_t, t), eps)
 
 
 class EMA:
@@ -412,7 +431,7 @@ def ddpm_step(schedule, x_t, t, eps, z):
 
 def ddim_step(schedule, x_t, t, s, eps, z, eta):
     """Eq. 12 of DDIM: from x_t to x_s, 0 <= s < t <= T. eta: 0 (no noise) to 1 (as DDPM)."""
-    x_0 = predict_x_0(schedule, x_t, t, eps)
+    x_0 = predict_x_0(schedule, x_t, torch.tensor([t]), eps)
     noise_t, noise_s = schedule.one_minus_alpha_bar[t], schedule.one_minus_alpha_bar[s]
     ratio = schedule.alpha_bar[t] / schedule.alpha_bar[s]
     variance = eta**2 * noise_s / noise_t * (1 - ratio)  # DDIM Eq. 16, squared
@@ -429,20 +448,6 @@ def timesteps(steps):
     return visited + [0]
 
 
-def guess(model, schedule, x_t, t):
-    """What the network believes at x_t: the noise and the picture, (eps, x_0).
-
-    x_t: float (B, 1, 32, 32); t: int in 1..T. Both returned as (B, 1, 32, 32).
-    """
-    eps = model(x_t, torch.full((len(x_t),), t, device=x_t.device))
-    x_0 = predict_x_0(schedule, x_t, t, eps)
-    # At t = T a small error in eps is an error 157 times as large in x_0. But no pixel lies
-    # outside [-1, 1]: cut the guess off there, and take the eps that goes with it.
-    x_0 = x_0.clamp(-1, 1)
-    signal, noise = schedule.alpha_bar[t].sqrt(), schedule.one_minus_alpha_bar[t].sqrt()
-    return (x_t - signal * x_0) / noise, x_0
-
-
 @torch.no_grad()
 def reverse_process(model, schedule, x_T, steps=T, eta=None, generator=None):
     """Walks from noise to pictures and shows every stop on the way.
@@ -457,8 +462,9 @@ def reverse_process(model, schedule, x_T, steps=T, eta=None, generator=None):
     algorithm_2 = steps == T and eta is None
     x = x_T
     for t, s in zip(times[:-1], times[1:]):
-        eps, x_0 = guess(model, schedule, x, t)
-        yield t, x, x_0
+        now = torch.full((len(x),), t, device=x.device)  # (B,)
+        eps = eps_theta(model, schedule, x, now)
+        yield t, x, predict_x_0(schedule, x, now, eps)
         z = torch.randn(x.shape, generator=generator).to(x.device) if algorithm_2 or eta else 0
         if algorithm_2:
             x = ddpm_step(schedule, x, t, eps, z)

@@ -214,11 +214,12 @@ def seconds_per_step(args, device, schedule, data):
     return (time.perf_counter() - start) / 5
 
 
-def train(args, name=None, after_epoch=lambda: None):
+def train(args, name=None, after_epoch=lambda: None, check=lambda: None):
     """Trains as the flags say, args as parse returns them.
 
     name: of the run in TensorBoard, default: the time now. after_epoch: called without
-    arguments when the files of an epoch are written.
+    arguments when the files of an epoch are written. check: called often, between two
+    steps; what it raises ends the training.
     """
     from torch.utils.tensorboard import SummaryWriter  # slow to load, and only needed here
 
@@ -278,6 +279,7 @@ def train(args, name=None, after_epoch=lambda: None):
                 loss = train_step(model, ema, optimizer, schedule, data[batch], generator, step, args.lr)
                 losses.append(loss)
                 bar.update()
+                check()
                 if step % 20 == 0:  # .item() waits for the device, so not at every step
                     speed = len(losses) * args.batch_size / (time.perf_counter() - start)
                     bar.set_postfix(epoch=epoch, loss=f"{loss.item():.4f}", pictures_s=f"{speed:.0f}")
@@ -294,7 +296,8 @@ def train(args, name=None, after_epoch=lambda: None):
                 writer.add_scalar("loss/train", value, (epoch - 1) * steps + i + 1)
             writer.add_scalar("loss/validation", row["val_loss"], epoch * steps)
             if epoch % SAMPLE_EVERY == 0 or epoch == args.epochs:
-                x_0 = ddpm.sample(ema.model, schedule, x_T, steps=GRID_STEPS)
+                for _, x_0, _ in ddpm.reverse_process(ema.model, schedule, x_T, GRID_STEPS):
+                    check()
                 grid = shapes.tile(shapes.from_model(x_0.cpu()))
                 writer.add_image("samples", grid[None], epoch * steps)
                 shapes.save_picture(folder / f"samples_{epoch:04d}.png", grid)
@@ -336,9 +339,23 @@ def parse(argv=None):
 
 def main():
     args = parse()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    asked = []
+
+    # Ctrl-C is noted and obeyed between two steps: an exception in the middle of saving or
+    # drawing might be swallowed there. Whoever presses it twice is obeyed at once.
+    def stop(*_):
+        asked.append(True)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+
+    def check():
+        if asked:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     try:
-        train(args)
+        train(args, check=check)
     except KeyboardInterrupt:
         where = "" if args.checkpoints == "checkpoints" else f" --checkpoints {args.checkpoints}"
         if (Path(args.checkpoints) / "latest.pt").exists():

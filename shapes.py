@@ -278,6 +278,155 @@ def save_labelled_grid(path, n, seed):
     figure.savefig(path, dpi=120)
 
 
+# ---------------------------------------------------------------------------------------
+# 5. The inverse: which shapes is this a picture of?
+# ---------------------------------------------------------------------------------------
+# Shapes do not touch, so every connected blob of pixels has to be one shape. For each blob
+# and each kind we guess the integers from the blob's outline, then move them by single
+# pixels as long as fewer pixels differ. What a perfect shape gives the guess is already
+# exact for three kinds out of four: the moves are for lines and for blemished pictures.
+
+# A picture is called clean when at most this many of its 1024 pixels differ from the nearest
+# legal one: one slip per shape and one to spare. A shape of the wrong kind costs more.
+TOLERANCE = 4
+
+
+def find_blobs(pictures):
+    """The three largest connected blobs of each picture, corners connect.
+
+    pictures: bool (n, 32, 32). Returns bool (n, 3, 32, 32), empty where there is none.
+    """
+    n = len(pictures)
+    labels = pictures * np.arange(1, SIZE * SIZE + 1, dtype=np.int16).reshape(SIZE, SIZE)
+    while True:  # every pixel takes the largest label around it, until a blob has just one
+        near = np.pad(labels, ((0, 0), (1, 1), (1, 1)))  # (n, 34, 34)
+        near = np.maximum(np.maximum(near[:, :-2], near[:, 1:-1]), near[:, 2:])  # (n, 32, 34)
+        near = np.maximum(np.maximum(near[..., :-2], near[..., 1:-1]), near[..., 2:]) * pictures
+        if np.array_equal(near, labels):
+            break
+        labels = near
+    sizes = np.zeros((n, SIZE * SIZE + 1), dtype=np.int64)
+    np.add.at(sizes, (np.arange(n)[:, None], labels.reshape(n, -1)), 1)
+    sizes[:, 0] = 0  # the background
+    largest = np.argsort(-sizes, axis=1, kind="stable")[:, :MAX_SHAPES]  # (n, 3)
+    return (labels[:, None] == largest[:, :, None, None]) & pictures[:, None]
+
+
+def _guess(kind, blobs):
+    """First guess of the integers of a shape of this kind: blobs (m, 32, 32) -> (m, k)."""
+    m, rows = len(blobs), np.arange(len(blobs))
+    columns, lines = blobs.any(1), blobs.any(2)  # (m, 32)
+    x0, x1 = columns.argmax(1), SIZE - 1 - columns[:, ::-1].argmax(1)
+    y0, y1 = lines.argmax(1), SIZE - 1 - lines[:, ::-1].argmax(1)
+    if kind == "rectangle":
+        return np.stack([x0, y0, x1, y1], 1)
+    if kind == "circle":
+        r = np.clip((x1 - x0 + y1 - y0 + 2) // 4, *RADIUS)
+        return np.stack([(x0 + x1) // 2, (y0 + y1) // 2, r], 1)
+    flat = blobs.reshape(m, -1)
+    px, py = np.tile(np.arange(SIZE), SIZE), np.repeat(np.arange(SIZE), SIZE)  # (1024,)
+    area = flat.sum(1)
+    mx, my = (flat * px).sum(1) / area, (flat * py).sum(1) / area
+    dx, dy = px - mx[:, None], py - my[:, None]  # (m, 1024), from the centre of gravity
+    if kind == "triangle":
+        # The pixel farthest from a point inside is a vertex; so is the one farthest from
+        # that vertex; the third is farthest from the line through these two.
+        a = np.where(flat, dx**2 + dy**2, -1).argmax(1)
+        dx, dy = px - px[a, None], py - py[a, None]
+        b = np.where(flat, dx**2 + dy**2, -1).argmax(1)
+        across = dx * dy[rows, b][:, None] - dy * dx[rows, b][:, None]
+        c = np.where(flat, np.abs(across), -1).argmax(1)
+        return np.stack([px[a], py[a], px[b], py[b], px[c], py[c]], 1)
+    # A line runs along the direction in which its pixels spread most.
+    xx, yy, xy = (flat * dx * dx).sum(1), (flat * dy * dy).sum(1), (flat * dx * dy).sum(1)
+    angle = 0.5 * np.arctan2(2 * xy, xx - yy)
+    ux, uy = np.cos(angle), np.sin(angle)
+    along = np.where(flat, dx * ux[:, None] + dy * uy[:, None], 0)
+    first, last = along.min(1), along.max(1)
+    width = np.clip(np.rint(area / (last - first + 1)), *WIDTH)
+    ends = [mx + first * ux, my + first * uy, mx + last * ux, my + last * uy, width]
+    return np.rint(np.stack(ends, 1)).astype(np.int64)
+
+
+def _moves(kind):
+    """All one-pixel changes tried together, integers (moves, k)."""
+    k = len(PARAMETERS[kind])
+    steps = np.stack(np.meshgrid(*[(0, -1, 1)] * k), -1).reshape(-1, k)
+    if kind == "triangle":  # one vertex at a time: 27 moves instead of 729
+        moved = (steps.reshape(-1, 3, 2) != 0).any(2).sum(1)
+        steps = steps[moved <= 1]
+    return steps
+
+
+def _fit(kind, blobs):
+    """The nearest shape of one kind: its integers (m, k) and the pixels that differ (m,)."""
+
+    def differ(params, which):
+        wrong = (DRAW[kind](*params.T) ^ blobs[which]).sum((1, 2))
+        return wrong + SIZE * SIZE * ~is_legal(kind, params)
+
+    params = _guess(kind, blobs)
+    best = differ(params, slice(None))
+    todo = np.nonzero(best > 0)[0]
+    while len(todo):
+        start, costs = params[todo], []
+        tries = [start + move for move in _moves(kind)]
+        costs = np.stack([differ(t, todo) for t in tries])  # (moves, m)
+        pick = costs.argmin(0)
+        better = costs[pick, np.arange(len(todo))] < best[todo]
+        pick, todo = pick[better], todo[better]
+        params[todo] = start[better] + _moves(kind)[pick]
+        best[todo] = costs[pick, np.nonzero(better)[0]]
+        todo = todo[best[todo] > 0]
+    return params, best
+
+
+def explain_all(pictures):
+    """Finds in each picture the legal shapes that draw it, or come nearest.
+
+    pictures: bool or 0/1, (n, 32, 32). Returns kinds, int (n, 3), and params, int
+    (n, 3, 6), as make_scenes does, and int (n,): how many pixels differ.
+    """
+    pictures = np.asarray(pictures).astype(bool)
+    n = len(pictures)
+    kinds = np.full((n, MAX_SHAPES), -1)
+    params = np.zeros((n, MAX_SHAPES, 6), dtype=np.int64)
+    blobs = find_blobs(pictures)  # (n, 3, 32, 32)
+    sizes = blobs.sum((2, 3))
+    where = np.nonzero(sizes)
+    blobs, best = blobs[where], sizes[where]  # leaving a blob out costs all its pixels
+    found, numbers = np.full(len(best), -1), np.zeros((len(best), 6), dtype=np.int64)
+    for k, kind in enumerate(KINDS):
+        todo = np.nonzero(best > 0)[0]
+        if len(todo) == 0:
+            break
+        p, cost = _fit(kind, blobs[todo])
+        better = cost < best[todo]
+        todo = todo[better]
+        best[todo], found[todo] = cost[better], k
+        numbers[todo] = 0
+        numbers[todo, : p.shape[1]] = p[better]
+    kinds[where], params[where] = found, numbers
+    return kinds, params, (draw(kinds, params) ^ pictures).sum((1, 2))
+
+
+def explain(picture):
+    """One picture, 0/1 (32, 32): ([(kind, integers), ...], number of pixels that differ)."""
+    kinds, params, differ = explain_all(np.asarray(picture)[None])
+    found = [
+        (KINDS[k], tuple(p[: len(PARAMETERS[KINDS[k]])].tolist()))
+        for k, p in zip(kinds[0], params[0])
+        if k >= 0
+    ]
+    return found, int(differ[0])
+
+
+def is_clean(x):
+    """Which pictures are clean: (n, 1, 32, 32) in about [-1, 1] -> bool (n,)."""
+    kinds, _, differ = explain_all(from_model(x) > 0.5)
+    return (kinds >= 0).any(1) & (differ <= TOLERANCE)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Save a labelled grid of the data as a picture.")
     parser.add_argument("--output", default="shapes.png", help="the file (default: %(default)s)")

@@ -26,7 +26,7 @@ RUN = ("epochs", "samples", "batch_size", "lr", "seed")  # the flags that define
 WARMUP = 100  # steps in which the learning rate rises to --lr: Adam's averages are empty
 SAMPLE_EVERY = 5  # epochs between two grids of samples
 HELD_OUT = 512  # pictures for the validation loss
-GRID, GRID_STEPS = 32, 50  # pictures and DDIM steps of a grid
+GRID, GRID_STEPS = 64, 50  # pictures and DDIM steps of a grid
 
 
 def fail(message):
@@ -156,14 +156,20 @@ def set_aside(folder):
 
 
 def save_curve(path, history):
-    """Draws the training and validation loss of every epoch so far."""
+    """Draws the loss of every epoch so far, and the share of samples that are clean."""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     epochs = [row["epoch"] for row in history]
     axes.plot(epochs, [row["train_loss"] for row in history], label="training")
     axes.plot(epochs, [row["val_loss"] for row in history], label="validation (EMA weights)")
     axes.set(xlabel="epoch", ylabel="loss (Eq. 14)", yscale="log")
-    axes.legend()
+    axes.legend(loc="upper left")
+    clean = [(row["epoch"], row["clean"]) for row in history if "clean" in row]
+    if clean:
+        right = axes.twinx()
+        right.plot(*zip(*clean), "o-", color="tab:green", label="share of clean samples")
+        right.set(ylabel="share of clean samples", ylim=(0, 1))
+        right.legend(loc="upper right")
     figure.savefig(path, dpi=120)
 
 
@@ -199,7 +205,7 @@ def new_run(args, device):
     """Model, EMA, optimizer and the generator of all training noise, before the first step."""
     torch.manual_seed(args.seed)
     model = ddpm.UNet().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0, fused=True)
     generator = torch.Generator(device).manual_seed(args.seed)
     return model, ddpm.EMA(model), optimizer, generator
 
@@ -298,7 +304,9 @@ def train(args, name=None, after_epoch=lambda: None, check=lambda: None):
             if epoch % SAMPLE_EVERY == 0 or epoch == args.epochs:
                 for _, x_0, _ in ddpm.reverse_process(ema.model, schedule, x_T, GRID_STEPS):
                     check()
-                grid = shapes.tile(shapes.from_model(x_0.cpu()))
+                row["clean"] = float(shapes.is_clean(x_0.cpu()).mean())
+                writer.add_scalar("clean share", row["clean"], epoch * steps)
+                grid = shapes.tile(shapes.from_model(x_0.cpu()), columns=16)
                 writer.add_image("samples", grid[None], epoch * steps)
                 shapes.save_picture(folder / f"samples_{epoch:04d}.png", grid)
             history.append(row)
@@ -321,7 +329,8 @@ def train(args, name=None, after_epoch=lambda: None, check=lambda: None):
             save_checkpoint(latest, state)
             save_curve(folder / "loss.png", history)
             after_epoch()
-            tqdm.write(f"epoch {epoch}: loss {row['train_loss']:.4f}, validation {row['val_loss']:.4f}")
+            line = f"epoch {epoch}: loss {row['train_loss']:.4f}, validation {row['val_loss']:.4f}"
+            tqdm.write(line + (f", {row['clean']:.0%} of samples clean" if "clean" in row else ""))
 
 
 def parse(argv=None):

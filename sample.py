@@ -3,6 +3,8 @@
     python sample.py                    a grid of 16 pictures: samples.png
     python sample.py --steps 50         the same in 50 DDIM steps instead of 1000
     python sample.py --process          noise becoming pictures: process.png, process.gif
+    python sample.py --explain          which shapes the pictures hold: explained.png
+    python sample.py --score --steps 50 how many of 500 pictures are clean, as a table
 """
 
 import argparse
@@ -34,7 +36,11 @@ def parser():
     p.add_argument(
         "--process", "--show-process", action="store_true", help="draw the way from noise to picture"
     )
-    p.add_argument("--n", type=number(int, 1, 10_000), default=None, help="16, or 4 with --process")
+    p.add_argument("--explain", action="store_true", help="outline the shapes found in each picture")
+    p.add_argument("--score", action="store_true", help="print how many pictures are clean")
+    p.add_argument(
+        "--n", type=number(int, 1, 10_000), default=None, help="16; 4 with --process, 500 with --score"
+    )
     p.add_argument(
         "--steps",
         type=number(int, 1, ddpm.T),
@@ -83,34 +89,67 @@ def show_process(walk, path):
             writer.grab_frame()
 
 
-def main():
-    args = parser().parse_args()
-    path = Path(args.output or ("process.png" if args.process else "samples.png"))
-    if path.suffix.lower() != ".png":
-        fail(f"--output {path} should end in .png")
-    n = args.n or (4 if args.process else 16)
-    device = pick_device(args.device)
-    state, model = load_checkpoint(args.checkpoint)
-    model.to(device)
-    print(f"{args.checkpoint}: {state['epoch']} epochs, device {device}")
+def draw_pictures(model, schedule, n, steps, seed, every=False):
+    """Walks from noise to n pictures, with a progress bar.
 
-    generator = torch.Generator().manual_seed(args.seed)
+    Returns a list of (t, x_t, x_0) on the CPU: the whole walk if every, else just its end.
+    """
+    device = schedule.beta.device
+    generator = torch.Generator().manual_seed(seed)
     x_T = torch.randn(n, 1, shapes.SIZE, shapes.SIZE, generator=generator).to(device)
     walk, start = [], time.perf_counter()
-    steps = ddpm.reverse_process(model, ddpm.Schedule(device), x_T, args.steps, generator=generator)
-    for t, x_t, x_0 in tqdm(steps, total=args.steps + 1, unit="step"):
-        if not args.process:
-            walk.clear()  # only the last one counts
+    process = ddpm.reverse_process(model, schedule, x_T, steps, generator=generator)
+    for t, x_t, x_0 in tqdm(process, total=steps + 1, unit="step"):
+        if not every:
+            walk.clear()
         walk.append((t, x_t.cpu(), x_0.cpu()))
     seconds = time.perf_counter() - start
-    print(f"{n} pictures in {seconds:.1f} s, {n / seconds:.1f} pictures per second")
+    print(f"{n} pictures in {seconds:.1f} s, {n / seconds:.2g} pictures per second")
+    return walk
+
+
+def print_score(x, run, schedule, steps, seed):
+    """Prints the score of x beside real pictures, an untrained network and pure noise."""
+    training = shapes.make_dataset(run["samples"], seed=run["seed"])
+    held_out = shapes.to_model(shapes.make_dataset(len(x), seed=[run["seed"], 2]))
+    print("the same with an untrained network, to compare:")
+    untrained = ddpm.UNet().requires_grad_(False).to(schedule.beta.device)
+    ((_, never, _),) = draw_pictures(untrained, schedule, len(x), min(steps, 20), seed)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    rows = {
+        "these samples": x,
+        "held-out real pictures": torch.from_numpy(held_out),
+        "an untrained network": never,
+        "pure noise": noise,
+    }
+    print(shapes.score_table({k: shapes.score(v.clamp(-1, 1), training) for k, v in rows.items()}))
+
+
+def main():
+    args = parser().parse_args()
+    name = "process.png" if args.process else "explained.png" if args.explain else "samples.png"
+    path = Path(args.output or name)
+    if path.suffix.lower() != ".png":
+        fail(f"--output {path} should end in .png")
+    n = args.n or (500 if args.score else 4 if args.process else 16)
+    if args.process and n > 32:
+        fail(f"--process draws every step of each picture: --n {n} is too many, take up to 32")
+    device = pick_device(args.device)
+    state, model = load_checkpoint(args.checkpoint)
+    print(f"{args.checkpoint}: {state['epoch']} epochs, device {device}")
+    schedule = ddpm.Schedule(device)
+    walk = draw_pictures(model.to(device), schedule, n, args.steps, args.seed, every=args.process)
+    x = walk[-1][1]  # (n, 1, 32, 32)
+    if args.score:
+        print_score(x, state["run"], schedule, args.steps, args.seed)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if args.process:
             show_process(walk, path)
+        elif args.explain:
+            shapes.save_explained(path, x[:64])
         else:
-            grid = shapes.tile(shapes.from_model(walk[-1][1]), columns=min(n, 8))
-            shapes.save_picture(path, grid)
+            shapes.save_picture(path, shapes.tile(shapes.from_model(x[:256]), columns=min(n, 8)))
     except OSError as e:
         fail(f"{e.strerror or e}: {e.filename or path}; make room or choose another --output")
     print(f"saved {path}" + (f" and {path.with_suffix('.gif')}" if args.process else ""))

@@ -16,6 +16,7 @@ import math
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
+from matplotlib.lines import Line2D
 
 # ---------------------------------------------------------------------------------------
 # 1. What is legal
@@ -349,13 +350,11 @@ def _guess(kind, blobs):
 
 
 def _moves(kind):
-    """All one-pixel changes tried together, integers (moves, k)."""
+    """The one-pixel changes that are tried: of one point, and a radius or width with it."""
     k = len(PARAMETERS[kind])
-    steps = np.stack(np.meshgrid(*[(0, -1, 1)] * k), -1).reshape(-1, k)
-    if kind == "triangle":  # one vertex at a time: 27 moves instead of 729
-        moved = (steps.reshape(-1, 3, 2) != 0).any(2).sum(1)
-        steps = steps[moved <= 1]
-    return steps
+    moves = np.stack(np.meshgrid(*[(0, -1, 1)] * k), -1).reshape(-1, k)
+    points = moves[:, : k // 2 * 2].reshape(len(moves), -1, 2)
+    return moves[(points != 0).any(2).sum(1) <= 1]
 
 
 def _fit(kind, blobs):
@@ -367,16 +366,15 @@ def _fit(kind, blobs):
 
     params = _guess(kind, blobs)
     best = differ(params, slice(None))
+    moves = _moves(kind)
     todo = np.nonzero(best > 0)[0]
     while len(todo):
-        start, costs = params[todo], []
-        tries = [start + move for move in _moves(kind)]
-        costs = np.stack([differ(t, todo) for t in tries])  # (moves, m)
-        pick = costs.argmin(0)
-        better = costs[pick, np.arange(len(todo))] < best[todo]
-        pick, todo = pick[better], todo[better]
-        params[todo] = start[better] + _moves(kind)[pick]
-        best[todo] = costs[pick, np.nonzero(better)[0]]
+        costs = np.stack([differ(params[todo] + move, todo) for move in moves])  # (moves, m)
+        pick, cost = costs.argmin(0), costs.min(0)
+        better = cost < best[todo]
+        todo = todo[better]
+        params[todo] += moves[pick[better]]
+        best[todo] = cost[better]
         todo = todo[best[todo] > 0]
     return params, best
 
@@ -412,7 +410,10 @@ def explain_all(pictures):
 
 def explain(picture):
     """One picture, 0/1 (32, 32): ([(kind, integers), ...], number of pixels that differ)."""
-    kinds, params, differ = explain_all(np.asarray(picture)[None])
+    picture = np.asarray(picture)
+    if picture.shape != (SIZE, SIZE) or not np.isin(picture, (0, 1)).all():
+        raise ValueError(f"expected a picture of 0 and 1, ({SIZE}, {SIZE}); got {picture.shape}")
+    kinds, params, differ = explain_all(picture[None])
     found = [
         (KINDS[k], tuple(p[: len(PARAMETERS[KINDS[k]])].tolist()))
         for k, p in zip(kinds[0], params[0])
@@ -421,10 +422,97 @@ def explain(picture):
     return found, int(differ[0])
 
 
-def is_clean(x):
-    """Which pictures are clean: (n, 1, 32, 32) in about [-1, 1] -> bool (n,)."""
-    kinds, _, differ = explain_all(from_model(x) > 0.5)
+def is_clean(kinds, differ):
+    """Which pictures are clean, from what explain_all says of them: bool (n,)."""
     return (kinds >= 0).any(1) & (differ <= TOLERANCE)
+
+
+# ---------------------------------------------------------------------------------------
+# 6. The score: is it learning?
+# ---------------------------------------------------------------------------------------
+
+
+def score(x, training=None):
+    """What a batch of generated pictures is like, in numbers.
+
+    x: float (n, 1, 32, 32) in [-1, 1]. training: uint8 (m, 32, 32), the pictures that were
+    trained on. Returns a dictionary: "clean", share of clean pictures; "decided", share of
+    pixels within 0.1 of -1 or +1; "kinds", int (4,), circles, rectangles, triangles and
+    lines found in clean pictures; "shapes", int (3,), clean pictures with 1, 2, 3 shapes;
+    "copies", share of pictures that are in training, pixel for pixel; "distinct", share of
+    different pictures. Raises ValueError for another shape, other values or none.
+    """
+    x = np.asarray(x, dtype=np.float32)
+    if x.ndim != 4 or x.shape[1:] != (1, SIZE, SIZE) or len(x) == 0:
+        raise ValueError(f"expected pictures (n, 1, {SIZE}, {SIZE}), got {x.shape}")
+    if not np.isfinite(x).all():
+        raise ValueError("expected finite values, got nan or infinity")
+    if np.abs(x).max() > 1:
+        raise ValueError(f"expected values in [-1, 1], got up to {np.abs(x).max():.3g}; clip first")
+    pictures = (x[:, 0] > 0).astype(np.uint8)  # (n, 32, 32)
+    kinds, _, differ = explain_all(pictures)
+    clean = is_clean(kinds, differ)
+    known = {p.tobytes() for p in np.asarray([] if training is None else training, np.uint8)}
+    seen = [p.tobytes() for p in pictures]
+    return {
+        "clean": clean.mean(),
+        "decided": (np.abs(np.abs(x) - 1) < 0.1).mean(),
+        "kinds": np.bincount(kinds[clean].ravel() + 1, minlength=5)[1:],
+        "shapes": np.bincount((kinds[clean] >= 0).sum(1), minlength=4)[1:],
+        "copies": np.mean([p in known for p in seen]),
+        "distinct": len(set(seen)) / len(seen),
+    }
+
+
+def score_table(rows):
+    """A dictionary {name: score(...)} as text, one line each; kinds and shapes in percent."""
+
+    def percent(counts):
+        return " ".join(f"{100 * c / max(1, counts.sum()):3.0f}" for c in counts)
+
+    lines = [
+        f"{'':<24}{'clean':>8}{'decided':>9}{'copies':>8}{'distinct':>10}"
+        f"   {'1 2 3 shapes':<13}  circ rect tri line"
+    ]
+    for name, s in rows.items():
+        shares = f"{s['clean']:>8.1%}{s['decided']:>9.1%}{s['copies']:>8.1%}{s['distinct']:>10.1%}"
+        lines.append(f"{name:<24}{shares}   {percent(s['shapes']):<13}  {percent(s['kinds'])}")
+    return "\n".join(lines)
+
+
+COLOURS = {"circle": "orange", "rectangle": "deepskyblue", "triangle": "limegreen", "line": "violet"}
+
+
+def save_explained(path, x):
+    """Saves pictures with the shapes found in them outlined, malformed ones framed in red.
+
+    x: float (n, 1, 32, 32), about [-1, 1].
+    """
+    pictures = from_model(x)
+    kinds, params, differ = explain_all(pictures > 0.5)
+    clean = is_clean(kinds, differ)
+    columns = min(len(x), 8)
+    rows = math.ceil(len(x) / columns)
+    figure = Figure(figsize=(1.4 * columns, 1.6 * rows + 0.3), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.set_visible(False)
+    for i, axes in enumerate(figure.axes[: len(x)]):
+        axes.set(visible=True, xticks=[], yticks=[])
+        axes.imshow(pictures[i], cmap="gray", vmin=0, vmax=1)
+        for k, p in zip(kinds[i], params[i]):
+            if k >= 0:
+                mask = DRAW[KINDS[k]](*p[: len(PARAMETERS[KINDS[k]])])
+                # Drawn finer, so that the outline follows the edges of the pixels.
+                corner = (-0.5, SIZE - 0.5, -0.5, SIZE - 0.5)
+                fine = mask.repeat(8, axis=0).repeat(8, axis=1)
+                axes.contour(fine, [0.5], colors=COLOURS[KINDS[k]], extent=corner, linewidths=1.2)
+        if not clean[i]:
+            axes.set_title(f"malformed: {differ[i]} px", fontsize=8, color="red")
+            for spine in axes.spines.values():
+                spine.set(color="red", linewidth=2)
+    handles = [Line2D([], [], color=c, label=k) for k, c in COLOURS.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def main():

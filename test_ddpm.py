@@ -172,6 +172,146 @@ def test_model_range_and_back():
     assert shapes.tile(pictures, columns=7, scale=2).shape == (3 * 66, 7 * 66)
 
 
+# --- The score -------------------------------------------------------------------------
+
+
+def clean_share(pictures):
+    return shapes.score(shapes.to_model(pictures))["clean"]
+
+
+def defect(kind, rng):
+    """A picture with one planted defect, bool (32, 32)."""
+    x, y = np.meshgrid(np.arange(32), np.arange(32))
+    if kind == "empty":
+        return np.zeros((32, 32), dtype=bool)
+    if kind == "four or five shapes":
+        while True:
+            picture = np.zeros((1, 32, 32), dtype=bool)
+            for _ in range(rng.integers(4, 6)):
+                for _ in range(100):
+                    name = shapes.KINDS[rng.integers(4)]
+                    mask = shapes.DRAW[name](*shapes.random_shapes(name, 1, rng).T)
+                    if not shapes.touches(mask, picture)[0]:
+                        picture |= mask
+                        break
+            if len(blobs(picture[0])) >= 4:
+                return picture[0]
+    if kind == "bitten rectangle":
+        w, h = rng.integers(8, 17, 2)
+        x0, y0, bw, bh = rng.integers(0, 33 - w), rng.integers(0, 33 - h), *rng.integers(4, 7, 2)
+        picture = shapes.rectangle(x0, y0, x0 + w - 1, y0 + h - 1).copy()
+        left, top = rng.choice([x0, x0 + w - bw]), rng.choice([y0, y0 + h - bh])
+        picture[top : top + bh, left : left + bw] = False
+        return picture
+    cx, cy, angle = *rng.uniform(11, 20, 2), rng.uniform(0, 2 * math.pi)
+    u = (x - cx) * math.cos(angle) + (y - cy) * math.sin(angle)
+    v = (y - cy) * math.cos(angle) - (x - cx) * math.sin(angle)
+    if kind == "ellipse":
+        a = rng.uniform(4, 7)
+        return (u / a) ** 2 + (v / (1.5 * a)) ** 2 <= 1
+    if kind == "pentagon":
+        corners = [angle + 2 * math.pi * k / 5 for k in range(5)]
+        reach = rng.uniform(6, 10) * math.cos(math.pi / 5)
+        return np.all([(x - cx) * math.cos(c) + (y - cy) * math.sin(c) <= reach for c in corners], axis=0)
+    radius = rng.uniform(5, 9)
+    if kind == "ring":
+        return (np.hypot(u, v) <= radius) & (np.hypot(u, v) >= radius / 2)
+    assert kind == "arc"
+    return (np.abs(np.hypot(u, v) - radius) <= 1.2) & (v > 0)
+
+
+def blobs(picture):
+    """Connected sets of pixels, by a flood fill."""
+    left, found = {tuple(p) for p in np.argwhere(picture)}, []
+    while left:
+        blob, edge = set(), [left.pop()]
+        while edge:
+            i, j = edge.pop()
+            blob.add((i, j))
+            near = {(i + a, j + b) for a in (-1, 0, 1) for b in (-1, 0, 1)} & left
+            left -= near
+            edge += near
+        found.append(blob)
+    return found
+
+
+DEFECTS = ("ellipse", "pentagon", "ring", "arc", "bitten rectangle", "four or five shapes", "empty")
+
+
+@pytest.mark.parametrize("kind", DEFECTS)
+def test_a_planted_defect_is_not_clean(kind):
+    """Catches: a score that is too kind. At most 5 % may pass."""
+    rng = np.random.default_rng(4)
+    assert clean_share(np.stack([defect(kind, rng) for _ in range(150)])) <= 0.05
+
+
+def test_real_pictures_are_clean_noise_and_flipped_pixels_are_not():
+    """Catches: a score that is too strict, or blind. Also its speed: 500 pictures in 60 s."""
+    real, rng = shapes.make_dataset(500, seed=99), np.random.default_rng(0)
+    start = time.perf_counter()
+    assert clean_share(real) >= 0.99
+    assert time.perf_counter() - start < 60
+    assert clean_share(real ^ (rng.random(real.shape) < 0.01)) <= 0.05
+    x = noise(60, 1, 32, 32).clamp(-1, 1)
+    assert shapes.score(x)["clean"] == 0
+
+
+def test_explain_gives_back_what_was_drawn():
+    """Catches: a wrong guess, a move that is not tried, parameters in the wrong order."""
+    pictures, kinds, params = shapes.make_scenes(600, seed=41)
+    found, numbers, differ = shapes.explain_all(pictures)
+    assert (differ == 0).mean() > 0.99
+    exact = differ == 0
+    assert np.array_equal(shapes.draw(found, numbers)[exact], pictures[exact].astype(bool))
+    assert np.mean(np.sort(found, 1) == np.sort(kinds, 1)) > 0.99
+    for k, kind in enumerate(shapes.KINDS):
+        integers = numbers[found == k][:, : len(shapes.PARAMETERS[kind])]
+        assert shapes.is_legal(kind, integers).all()
+    (shape,), pixels = shapes.explain(shapes.circle(9, 12, 5))
+    assert shape == ("circle", (9, 12, 5)) and pixels == 0
+
+
+def test_small_blemishes_are_counted_pixel_by_pixel():
+    """Catches: a tolerance that is not what it says."""
+    for wrong in (1, 3, 4, 5, 8):
+        picture = shapes.rectangle(4, 4, 15, 15) | shapes.circle(24, 24, 5)
+        picture[20 : 20 + wrong, 1] = True  # a stroke in an empty corner
+        assert shapes.explain(picture)[1] == wrong
+        assert clean_share(picture[None]) == (wrong <= shapes.TOLERANCE)
+
+
+def test_the_score_counts():
+    """Catches: shares of the wrong whole, copies that are missed, kinds mixed up."""
+    pictures, kinds, _ = shapes.make_scenes(80, seed=7)
+    x = np.concatenate([shapes.to_model(pictures), shapes.to_model(pictures[:20])])
+    x[-10:] = noise(10, 1, 32, 32).clamp(-1, 1)
+    s = shapes.score(x, training=pictures[40:])
+    both = np.concatenate([kinds, kinds[:10]])
+    assert s["clean"] == pytest.approx(0.9)
+    assert s["kinds"].tolist() == np.bincount(both[both >= 0], minlength=4).tolist()
+    assert s["shapes"].tolist() == np.bincount((both >= 0).sum(1), minlength=4)[1:].tolist()
+    assert s["copies"] == pytest.approx(0.4) and s["distinct"] == pytest.approx(0.9)
+    assert 0.9 < s["decided"] < 0.96
+    lines = shapes.score_table({"a": s, "b": s}).splitlines()
+    assert len(lines) == 3 and "90.0%" in lines[1] and "40.0%" in lines[1]
+
+
+def test_bad_input_to_the_score():
+    good = shapes.to_model(shapes.make_dataset(2, seed=0))
+    for bad, word in [
+        (good[:, 0], "expected pictures"),
+        (good[:, :, :31], "expected pictures"),
+        (good[:0], "expected pictures"),
+        (good * 255, "in \\[-1, 1\\]"),
+        (good * np.nan, "finite"),
+    ]:
+        with pytest.raises(ValueError, match=word):
+            shapes.score(bad)
+    for bad in (good[0, 0], np.zeros((31, 32)), np.full((32, 32), np.nan)):
+        with pytest.raises(ValueError, match="expected a picture"):
+            shapes.explain(bad)
+
+
 # --- Schedule and forward process ------------------------------------------------------
 
 
@@ -652,6 +792,10 @@ def test_sampling_from_the_command_line(trained):
     assert "pictures per second" in out
     assert (trained / "process.png").read_bytes()[:4] == b"\x89PNG"
     assert (trained / "process.gif").read_bytes()[:4] == b"GIF8"
+    out = script("sample.py", "--score", "--explain", "--n", 8, "--steps", 2, cwd=trained).stdout
+    for row in ("these samples", "held-out real pictures", "an untrained network", "pure noise"):
+        assert row in out
+    assert (trained / "explained.png").exists()
     state, model = train.load_checkpoint(trained / "checkpoints/best.pt")
     assert same(dict(model.state_dict()), state["ema"])
 
@@ -739,6 +883,7 @@ BAD = [
     ("sample.py", "--steps", "1001"),
     ("sample.py", "--steps", "0"),
     ("sample.py", "--n", "0"),
+    ("sample.py", "--process", "--n", "33"),
     ("sample.py", "--checkpoint", "nothing.pt"),
     ("sample.py", "--checkpoint", "a_file"),
     ("sample.py", "--output", "picture.docx"),

@@ -304,7 +304,7 @@ def train(args, name=None, after_epoch=lambda: None, check=lambda: None):
             if epoch % SAMPLE_EVERY == 0 or epoch == args.epochs:
                 for _, x_0, _ in ddpm.reverse_process(ema.model, schedule, x_T, GRID_STEPS):
                     check()
-                row["clean"] = float(shapes.is_clean(x_0.cpu()).mean())
+                row["clean"] = float(shapes.score(x_0.clamp(-1, 1).cpu())["clean"])
                 writer.add_scalar("clean share", row["clean"], epoch * steps)
                 grid = shapes.tile(shapes.from_model(x_0.cpu()), columns=16)
                 writer.add_image("samples", grid[None], epoch * steps)

@@ -1,16 +1,16 @@
 """Denoising diffusion, from the idea to the code. Read from top to bottom.
 
 THE IDEA. Take a picture and add a little Gaussian noise; repeat a thousand times, until
-nothing of the picture is left. That direction is easy. Now learn to undo one step: given
-a noisy picture, guess which noise is in it. One such guess takes away only a little noise,
-but a thousand of them in a row lead from pure noise to a picture that nobody has drawn.
+nothing of the picture is left. That direction is easy. Now learn the way back: given a
+noisy picture, guess all the noise that is in it, but take only a little of it away, and
+guess again. A thousand such steps lead from pure noise to a picture that nobody has drawn.
 
     x_0  ->  x_1  ->  x_2  ->  ...  ->  x_T         forward process q: fixed, adds noise
     x_0  <-  x_1  <-  x_2  <-  ...  <-  x_T         reverse process p: learned, removes it
 
 The paper is Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", 2020
-(arXiv 2006.11239). "Eq. 4" or "Algorithm 2" without a name is theirs, and so are the
-letters. Shapes of tensors stand at the end of lines: B pictures in a batch, C channels,
+(arXiv 2006.11239). "Eq. 4" or "Algorithm 2" without a name is theirs, "Ho, Section 4" is
+a section of theirs, and so are the letters. Shapes of tensors stand at the end of lines: B pictures in a batch, C channels,
 H x W pixels, N = H * W.
 
     python ddpm.py        prints the network as a table and saves forward.png
@@ -18,6 +18,7 @@ H x W pixels, N = H * W.
 
 import copy
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -30,19 +31,20 @@ from torch import nn
 #
 #     q(x_t | x_{t-1}) = N(x_t; sqrt(1 - beta_t) x_{t-1}, beta_t I)
 #
-# The factor sqrt(1 - beta_t) shrinks the picture by just so much that its variance stays
-# what it was; without it the numbers would grow with every step. The betas are chosen by
-# hand, not learned (Section 4): small at first, when a little noise already hides detail,
-# larger towards the end. Why a thousand small steps and not ten large ones? Because only
-# for a small step is the way back a Gaussian too, and so something a network can name.
+# The factor sqrt(1 - beta_t) shrinks the picture by just so much that a variance of 1 stays
+# 1; without it the numbers would grow with every step. The betas are chosen by hand, not
+# learned (Ho, Section 4): small at first, when a little noise already hides detail, larger
+# towards the end. Why a thousand small steps and not ten large ones? The true way back is a
+# mixture over all the pictures that could have led here. Over a short step all of them agree
+# on where to go but for a little noise: one Gaussian, of which only the mean must be learned.
 
 T = 1000
 
 
 class Schedule:
-    """beta, alpha = 1 - beta and alpha_bar, the product of all alphas up to t (Section 2).
+    """beta, alpha = 1 - beta and alpha_bar, the product of all alphas up to t (Ho, Section 2).
 
-    All three are float32 (T + 1,) and are indexed by the paper's own t: beta[1] is the
+    All are float32 (T + 1,), one_minus_alpha_bar too, and are indexed by the paper's own t: beta[1] is the
     first step, beta[T] the last. Index 0 stands for the clean picture: alpha_bar[0] = 1.
 
     A plain object and no nn.Module: nothing here is learned, saved or averaged.
@@ -51,7 +53,7 @@ class Schedule:
     def __init__(self, device="cpu"):
         # In float64, since alpha_bar multiplies a thousand numbers close to 1; kept in
         # float32, since Apple's GPUs have no float64.
-        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)  # (T,), Section 4
+        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)  # (T,), Ho, Section 4
         beta = torch.cat([torch.zeros(1, dtype=torch.float64), beta])  # (T + 1,)
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)
@@ -62,8 +64,11 @@ class Schedule:
         self.one_minus_alpha_bar = (1 - alpha_bar).float().to(device)
 
     def snr(self):
-        """Signal-to-noise ratio alpha_bar / (1 - alpha_bar) for t = 1..T: float32 (T,)."""
-        return self.alpha_bar[1:] / self.one_minus_alpha_bar[1:]
+        """Signal-to-noise ratio alpha_bar / (1 - alpha_bar) for t = 1..T: float32 (T,).
+
+        It falls at every step: from 9999 at t = 1 through 1 near t = 260 to 0.00004 at T.
+        """
+        return self.alpha_bar[1:] / self.one_minus_alpha_bar[1:]  # (T,)
 
 
 # ---------------------------------------------------------------------------------------
@@ -91,13 +96,14 @@ def q_sample(schedule, x_0, t, eps):
     return signal * x_0 + noise * eps
 
 
-# At t = T there is nearly nothing left of the picture: sqrt(alpha_bar_T) = 0.0064, so x_T
-# is noise for all practical purposes. It has to be: sampling starts from pure noise, and
-# a network that never saw pure noise in training would not know what to do with it.
+# alpha_bar_T must be close to 0, and is: sqrt(alpha_bar_T) = 0.0064. Sampling starts from
+# pure noise; a network trained to the end on pictures with a trace of signal left would look
+# for that trace and find it in noise where there is none.
 #
 # What is there to learn? Once x_t is given, Eq. 4 has two unknowns, x_0 and eps, and either
-# gives the other. We ask for eps, the noise: it is always of the same size, mean 0 and
-# variance 1, whatever t is, and it is what Algorithm 2 takes away (Section 3.2).
+# gives the other. Which one to ask for decides how much each t counts: an error in eps is
+# one in x_0 times sqrt(SNR). Ho et al. tried both and got better pictures from eps, and
+# eps is what Algorithm 2 takes away (Ho, Section 3.2).
 
 
 def predict_x_0(schedule, x_t, t, eps):
@@ -107,19 +113,26 @@ def predict_x_0(schedule, x_t, t, eps):
     return (x_t - noise * eps) / signal
 
 
+# This jumps straight to a picture. Why then walk back in steps? At large t very many pictures
+# fit x_t, and the best guess is their average: grey fog. A small step commits to little of
+# it, and the next guess, with less noise in the way, is a little less foggy.
+
 # ---------------------------------------------------------------------------------------
 # 3. Telling the network the time
 # ---------------------------------------------------------------------------------------
-# The same network serves all t, and must know which: a grey speck is noise at t = 900 and
-# a mistake at t = 5. A bare number t would be a poor way to say it: 1 and 2 would look the
-# same next to 1000. So t is written as clocks are read, on hands of many speeds: the fast
+# The same network serves all t, and must know which: a pale speck is ordinary noise at
+# t = 900 and part of the picture at t = 5. A bare number t would be a poor way to say it: a
+# layer could only scale it, 1000 would drown 1, and a difference between t = 5 and t = 10
+# would be hard to express. So t is read off hands of many speeds, as on a clock: the fast
 # ones tell t from t + 1, the slow ones early from late (Vaswani et al. 2017, Section 3.5).
 
 
 def time_embedding(t, dim):
     """Sinusoids of t. t: int64 (B,); dim: even. Returns float32 (B, dim) in [-1, 1]."""
     # Angular speeds from 1 per step down to almost 1/10000, evenly in the exponent.
-    speed = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    speed = torch.exp(
+        -math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2)
+    )  # (dim / 2,)
     angle = t[:, None].float() * speed  # (B, dim / 2)
     return torch.cat([angle.sin(), angle.cos()], dim=1)  # (B, dim)
 
@@ -129,14 +142,15 @@ def time_embedding(t, dim):
 # ---------------------------------------------------------------------------------------
 # A 3x3 convolution sees its neighbours. Whether this edge belongs to the triangle over
 # there is decided by pixels far away, and attention reaches them in one layer: each pixel
-# sends a query, all pixels offer a key and a value, and a pixel takes the average of the
-# values, weighted by how well their keys answer its query:
+# sends a query, all pixels offer a key and a value, vectors of d numbers, and a pixel takes
+# the average of the values, weighted by how well their keys answer its query:
 #
 #     softmax(q k^T / sqrt(d)) v                                    (Vaswani et al., Eq. 1)
 #
-# Its price is N queries times N keys. At 4x4 that is 256 pairs, at 32x32 over a million,
-# more than all the rest of the network. So queries keep every pixel but keys and values
-# are averaged down to an 8x8 grid: still the whole picture, seen a little less sharply.
+# Its price is N queries times N keys. At 4x4 that is 256 pairs, at 32x32 over a million. So
+# every pixel keeps its query, but keys and values are averaged down to an 8x8 grid, M = 64 of
+# them at most: each pixel still sees the whole picture, only a little less sharply. Nobody
+# says where a pixel is; that leaks in from the zeros with which convolutions pad the frame.
 
 KEYS = 8
 
@@ -153,6 +167,17 @@ class Conv1x1(nn.Linear):
         return x.permute(0, 3, 1, 2)  # (B, C_out, H, W)
 
 
+def zero(layer):
+    """Sets a layer to 0, for the last layer of a branch that is added to its input.
+
+    Such a block begins as (nearly) the identity: x + 0. The deep network starts as a shallow
+    one, through which gradients pass unchanged, and each block joins in as it learns.
+    """
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over all pixels: (B, C, H, W) -> (B, C, H, W)."""
 
@@ -165,39 +190,33 @@ class Attention(nn.Module):
         self.out = zero(nn.Linear(channels, channels))
 
     def forward(self, x):
-        B, C, H, W = x.shape
+        H, W = x.shape[2:]
         y = self.norm(x)
         pooled = F.avg_pool2d(y, H // KEYS) if H > KEYS else y  # (B, C, <=8, <=8)
         y = y.flatten(2).transpose(1, 2)  # (B, N, C), a pixel is now a token
-        pooled = pooled.flatten(2).transpose(1, 2)  # (B, M, C), M <= 64
-        q = self.query(y).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
+        pooled = pooled.flatten(2).transpose(1, 2)  # (B, M, C)
+        q = (
+            self.query(y).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        )  # (B, heads, N, d)
         k, v = (
             z.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, M, d)
-            for z in self.key_value(pooled).chunk(2, dim=2)
+            for z in self.key_value(pooled).chunk(2, dim=2)  # 2 times (B, M, C)
         )
         y = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, d)
         y = self.out(y.transpose(1, 2).flatten(2))  # (B, N, C)
         return x + y.transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W)
 
 
-def zero(layer):
-    """Sets a layer's weights to 0, so that the block it ends begins as the identity.
-
-    x + 0 passes gradients on unchanged, and a deep network starts as a shallow one.
-    """
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 # ---------------------------------------------------------------------------------------
 # 5. The residual block: where the work is done
 # ---------------------------------------------------------------------------------------
-# Twice norm, SiLU, 3x3 convolution, and the time comes in between: one number per channel,
-# added to every pixel. Every block is told the time, since every block has to behave
-# differently at different t, and what is said once at the door is forgotten inside.
-# GroupNorm and not BatchNorm: a batch mixes pictures of all t, and their statistics are
-# nobody's in particular; GroupNorm looks at one picture only.
+# Twice norm, SiLU, 3x3 convolution, added to the input: a block only has to learn what to
+# change, and through the sum gradients reach the first layers however deep the network. The
+# time comes in between: one number per channel, added to every pixel. Every block is told,
+# since every block has to behave differently at different t, and what is said once at the
+# door is forgotten inside. GroupNorm and not BatchNorm: a training batch mixes all t, in
+# sampling all pictures have the same t, and statistics of the one do not fit the other;
+# GroupNorm looks at one picture only.
 
 
 class ResBlock(nn.Module):
@@ -215,7 +234,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x, time):
         h = self.conv1(F.silu(self.norm1(x)))  # (B, c_mid, H, W)
-        h = h + self.time(time)[:, :, None, None]  # the time, the same for every pixel
+        h = h + self.time(time)[:, :, None, None]  # (B, c_mid, 1, 1) for every pixel
         h = self.conv2(F.silu(self.norm2(h)))  # (B, c_out, H, W)
         return self.skip(x) + h
 
@@ -225,17 +244,19 @@ class ResBlock(nn.Module):
 # ---------------------------------------------------------------------------------------
 # Down: 32 -> 16 -> 8 -> 4 pixels wide, with more and more channels; at the bottom 16 places
 # of 512 numbers say what the picture is about. Up again: 4 -> 8 -> 16 -> 32. On the way up
-# each level also gets, side by side with what comes from below, what the same level knew on
-# the way down. The bottom knows *that* there is a circle, the skip *where* its edge runs.
+# each level also gets what the same level knew on the way down. The bottom knows *that* there
+# is a circle (the pictures are of circles, rectangles, triangles and lines, see shapes.py),
+# the skip *where* its edge runs. They are put side by side and not added: the next layer can
+# then learn how much of each to take.
 #
-#     32x32  stem -- down ----------------------- concat -- up -- out
-#     16x16            down -------------- concat -- up
-#      8x8               down ----- concat -- up
+#     32x32  stem -- down ------------------------------- up -- out
+#     16x16            down ----------------------- up
+#      8x8               down --------------- up
 #      4x4                  middle (512)
 
 
 class Level(nn.Module):
-    """One residual block, one attention: what the U-Net does at a resolution."""
+    """One residual block, one attention."""
 
     def __init__(self, c_in, c_out, time_dim, c_mid=None):
         super().__init__()
@@ -256,8 +277,13 @@ class UpLevel(nn.Module):
         self.level = Level(c_out, c_out, time_dim)
 
     def forward(self, x, skip, time):
-        x = F.interpolate(self.shrink(x), scale_factor=2)  # (B, c_out, H, W)
-        x = self.join(torch.cat([x, skip], dim=1))  # (B, 2 c_out, H, W) -> (B, c_out, H, W)
+        x = self.shrink(
+            x
+        )  # (B, c_out, H/2, W/2), before doubling: a quarter of the work
+        x = F.interpolate(x, scale_factor=2)  # (B, c_out, H, W), each pixel four times
+        x = self.join(
+            torch.cat([x, skip], dim=1)
+        )  # (B, 2 c_out, H, W) -> (B, c_out, H, W)
         return self.level(x, time)
 
 
@@ -265,25 +291,31 @@ class UNet(nn.Module):
     """The network inside eps_theta(x_t, t); what it returns is said in the next section.
 
     channels: at 32x32, 16x16 and 8x8. bottleneck: at 4x4. narrow: see below. time_dim: of
-    the time vector. All multiples of 8.
+    the time vector, even. Channels are multiples of 16, above 32 of 32.
     """
 
     def __init__(self, channels=(16, 32, 64), bottleneck=512, narrow=128, time_dim=128):
         super().__init__()
         self.config = dict(
-            channels=tuple(channels), bottleneck=bottleneck, narrow=narrow, time_dim=time_dim
+            channels=tuple(channels),
+            bottleneck=bottleneck,
+            narrow=narrow,
+            time_dim=time_dim,
         )
         self.time = nn.Sequential(
-            nn.Linear(time_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim), nn.SiLU()
+            nn.Linear(time_dim, time_dim),
+            nn.SiLU(),
+            nn.Linear(time_dim, time_dim),
+            nn.SiLU(),
         )
         c1, c2, c3 = channels
         self.stem = nn.Conv2d(1, c1, 3, padding=1)
         self.down = nn.ModuleList(
             [Level(c1, c1, time_dim), Level(c1, c2, time_dim), Level(c2, c3, time_dim)]
         )
-        # One 3x3 convolution from 512 to 512 channels has 2.4 million weights, more than the
-        # rest of the network. So the blocks at 4x4 are wide outside and narrow inside,
-        # 512 -> 128 -> 512, and one block costs 1.2 million for both its convolutions.
+        # One 3x3 convolution from 512 to 512 channels has 2.4 million weights. So the blocks at
+        # 4x4 are wide outside and narrow inside, 512 -> 128 -> 512, and the second of them has
+        # 1.2 million for both its convolutions.
         self.middle = nn.ModuleList(
             [
                 Level(c3, bottleneck, time_dim, c_mid=narrow),
@@ -291,7 +323,11 @@ class UNet(nn.Module):
             ]
         )
         self.up = nn.ModuleList(
-            [UpLevel(bottleneck, c3, time_dim), UpLevel(c3, c2, time_dim), UpLevel(c2, c1, time_dim)]
+            [
+                UpLevel(bottleneck, c3, time_dim),
+                UpLevel(c3, c2, time_dim),
+                UpLevel(c2, c1, time_dim),
+            ]
         )
         self.norm = nn.GroupNorm(8, c1)
         self.out = zero(nn.Conv2d(c1, 1, 3, padding=1))
@@ -302,31 +338,35 @@ class UNet(nn.Module):
     def forward(self, x, t):
         """x: float (B, 1, 32, 32). t: int64 (B,) in 1..T. Returns float (B, 1, 32, 32)."""
         time = self.time(time_embedding(t, self.config["time_dim"]))  # (B, time_dim)
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))  # (B, c1, 32, 32)
+        x = self.stem(
+            x.contiguous(memory_format=torch.channels_last)
+        )  # (B, c1, 32, 32)
         skips = []
         for level in self.down:
-            x = level(x, time)
+            x = level(x, time)  # (B, c, H, W)
             skips.append(x)
-            x = F.avg_pool2d(x, 2)  # half the height and width
+            x = F.avg_pool2d(x, 2)  # (B, c, H/2, W/2)
         for block in self.middle:
-            x = block(x, time)  # (B, 512, 4, 4)
+            x = block(x, time)  # (B, bottleneck, 4, 4)
         for level in self.up:
-            x = level(x, skips.pop(), time)  # twice the height and width
+            x = level(x, skips.pop(), time)  # (B, c, 2H, 2W)
         return self.out(F.silu(self.norm(x)))  # (B, 1, 32, 32)
 
 
 # ---------------------------------------------------------------------------------------
 # 7. The guess and the loss
 # ---------------------------------------------------------------------------------------
-# Close to t = T nearly all of x_t is noise, so eps is nearly x_t: a network that just copies
-# its input has a loss close to 0 and has learned nothing. The picture hides in the small
-# difference. So the copy is given for free, and the network is asked for what is missing:
+# Close to t = T nearly all of x_t is noise, so eps is nearly x_t, and the picture hides in a
+# tiny difference: x_0 = (x_t - ...) / 0.0064 would magnify an error of the network 157 times.
+# So the copy of x_t is given for free, and the network is asked for what is missing:
 #
 #     eps = sqrt(1 - alpha_bar_t) x_t + sqrt(alpha_bar_t) v
 #
 # With Eq. 4 for x_t, v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0: the noise where
 # the picture is plain to see, (minus) the picture where all is noise, always what x_t does
-# not show already (Salimans & Ho 2022, arXiv 2202.00512). The loss stays that of eps.
+# not show already (Salimans & Ho 2022, arXiv 2202.00512). Now x_0 = sqrt(alpha_bar_t) x_t -
+# sqrt(1 - alpha_bar_t) v, and an error of the network is never magnified. What it learns from
+# is still the error of eps.
 
 
 def eps_theta(model, schedule, x_t, t):
@@ -336,16 +376,19 @@ def eps_theta(model, schedule, x_t, t):
     return noise * x_t + signal * model(x_t, t)
 
 
-# Which loss? Maximum likelihood wants -log p(x_0) small. It cannot be computed, but it has a bound
-# (Eq. 3 and 5), a sum over t of how far the learned step is from the true step back. For
-# Gaussians this distance is a squared difference of means (Eq. 8), and with the mean
-# written through eps it becomes (Eq. 12)
+# Which loss? A step back is p(x_{t-1} | x_t) = N(mu_theta(x_t, t), sigma_t^2 I) (Eq. 1, and
+# Ho, Section 3.2): the network gives its mean. Maximum likelihood wants -log p(x_0) small.
+# That cannot be computed, but has a bound (Eq. 3 and 5), in essence a sum over t of how far
+# this Gaussian is from the true step back for a known x_0. With sigma_t fixed the distance
+# is the squared difference of the means over 2 sigma_t^2 (Eq. 8), and as section 8 shows
+# each mean is x_t less a multiple of its eps. So it becomes (Eq. 12)
 #
 #     beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) * || eps - eps_theta(x_t, t) ||^2
 #
-# The paper drops the factor in front and keeps the square (Eq. 14). The factor is largest
-# for small t, where only a trace of noise is to be found; without it the network spends
-# its effort on larger t, where the shapes are decided, and samples get better.
+# The paper drops the factor in front and keeps the square (Eq. 14). With sigma_t^2 = beta_t
+# the factor is 0.5 at t = 1 but 0.005 at t = 349: it asks most where only a trace of noise is
+# to be found. Without it the network spends its effort on larger t, where the shapes are
+# decided, and samples get better.
 
 
 def loss_fn(model, schedule, x_0, t, eps):
@@ -359,12 +402,12 @@ def loss_fn(model, schedule, x_0, t, eps):
 
 
 class EMA:
-    """A running average of the weights, and the one to sample from (Section 4).
+    """A running average of the weights, and the one to sample from (Ho, Appendix B).
 
-    Each step pulls the weights towards the noise of one small batch; the average over many
-    steps is calmer and gives visibly better pictures. A decay of 0.999 averages over about
-    the last 1000 steps, 1 / (1 - decay). Early on that would mean averaging the random
-    initial weights in, so the window grows with training: about a ninth of the steps so far.
+    Each step pulls the weights towards one small batch and its accidents; the average over
+    many steps is calmer. A decay of 0.9995 averages over about the last 1 / (1 - decay) =
+    2000 steps. Early on that would keep the random initial weights in, so the window grows
+    with training: it is about a ninth of the steps so far.
     """
 
     def __init__(self, model, decay=0.9995):
@@ -376,7 +419,9 @@ class EMA:
         """Call after each optimizer step; step counts from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
         averages, weights = list(self.model.parameters()), list(model.parameters())
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        torch._foreach_lerp_(
+            averages, weights, 1 - decay
+        )  # average += (1 - decay) (weight - average)
 
 
 # ---------------------------------------------------------------------------------------
@@ -385,21 +430,22 @@ class EMA:
 # If x_0 were known, the step back would be known too: q(x_{t-1} | x_t, x_0) is a Gaussian
 # with mean (Eq. 7)
 #
-#     mu = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0
-#        + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t
+#     mu = [ sqrt(alpha_bar_{t-1}) beta_t x_0
+#          + sqrt(alpha_t) (1 - alpha_bar_{t-1}) x_t ] / (1 - alpha_bar_t)
 #
-# and variance beta_tilde_t = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t. We do not
+# and variance beta_tilde_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t): Bayes' rule on
+# Eq. 2, which says how x_t came from x_{t-1}, and Eq. 4, which says where x_{t-1} was. We do not
 # know x_0, but the network's guess of eps gives a guess of it. Put x_0 = (x_t -
 # sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t) into Eq. 7. The factor of eps is
 #
-#     - sqrt(alpha_bar_{t-1}) / sqrt(alpha_bar_t) beta_t / sqrt(1 - alpha_bar_t)
-#         = - 1/sqrt(alpha_t) beta_t / sqrt(1 - alpha_bar_t)
+#     - sqrt(alpha_bar_{t-1} / alpha_bar_t) (beta_t / sqrt(1 - alpha_bar_t))
+#         = - (1 / sqrt(alpha_t)) (beta_t / sqrt(1 - alpha_bar_t))
 #
 # and the factor of x_t, over the common denominator sqrt(alpha_t) (1 - alpha_bar_t), is
 # beta_t + alpha_t (1 - alpha_bar_{t-1}) = 1 - alpha_bar_t: all that stays is
-# 1/sqrt(alpha_t). So Eq. 7 with a predicted x_0 is Eq. 11, and Eq. 11 is the shorter:
+# 1 / sqrt(alpha_t). So Eq. 7 with a predicted x_0 is Eq. 11, and Eq. 11 is the shorter:
 #
-#     mu = 1/sqrt(alpha_t) (x_t - beta_t / sqrt(1 - alpha_bar_t) eps)
+#     mu = (x_t - (beta_t / sqrt(1 - alpha_bar_t)) eps) / sqrt(alpha_t)
 
 
 def ddpm_step(schedule, x_t, t, eps, z):
@@ -410,32 +456,47 @@ def ddpm_step(schedule, x_t, t, eps, z):
     beta, alpha = schedule.beta[t], schedule.alpha[t]
     mu = (x_t - beta / schedule.one_minus_alpha_bar[t].sqrt() * eps) / alpha.sqrt()
     # The paper tries sigma^2 = beta_t, right if the data were Gaussian noise, and sigma^2 =
-    # beta_tilde_t, right if the data were a single picture (Section 3.2). The truth lies in
-    # between, and with many small steps both are nearly equal. We take the second, for it
-    # is 0 at t = 1: the last step adds no noise, as Algorithm 2 asks, since noise added
-    # there would never be taken away again.
-    variance = schedule.one_minus_alpha_bar[t - 1] / schedule.one_minus_alpha_bar[t] * beta
+    # beta_tilde_t, right if the data were a single picture (Ho, Section 3.2). The truth lies
+    # in between, and they differ only in the last steps: their ratio is 0.98 at t = 100 and
+    # 0.85 at t = 10. We take the second, for it is 0 at t = 1: the last step adds no noise, as
+    # Algorithm 2 asks, since noise added there would never be taken away again.
+    variance = (
+        schedule.one_minus_alpha_bar[t - 1] / schedule.one_minus_alpha_bar[t] * beta
+    )
     return mu + variance.sqrt() * z
 
 
+# Another way to see this step: the gradient of log q(x_t) with respect to x_t, the *score*,
+# points to where pictures are more likely, and it is -E[eps | x_t] / sqrt(1 - alpha_bar_t). So
+# eps_theta, up to that factor, is a learned score, Eq. 14 is denoising score matching, and
+# Algorithm 2 is like Langevin dynamics: a step uphill and some fresh noise, again and again,
+# while the noise gets less (Ho, Section 3.2; Song & Ermon 2019).
+#
 # A thousand steps are slow. Song, Meng & Ermon, "Denoising Diffusion Implicit Models"
 # (2021, arXiv 2010.02502) noticed that Eq. 14 never asks how x_t was reached: it needs only
 # q(x_t | x_0), Eq. 4. So the same network also fits processes that jump from t to any
-# earlier s: guess x_0, then put the right amount of noise for s back on it. Their Eq. 12:
+# earlier s: guess x_0, then put the right amount of noise for s back on it. Larger jumps trust
+# a guess for longer, and that is their price. Their Eq. 12 (where they write alpha for Ho's
+# alpha_bar):
 #
 #     x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z
 #
-# The middle term puts back the *same* noise that was found, so with sigma = 0 (eta = 0)
-# nothing is random after x_T. With eta = 1 and s = t - 1 it is ddpm_step again.
+# The middle term puts back noise that was found, and with sigma = 0 (eta = 0) all of it, so
+# that nothing is random after x_T. With eta = 1 and s = t - 1 it is ddpm_step again.
 
 
 def ddim_step(schedule, x_t, t, s, eps, z, eta):
-    """Eq. 12 of DDIM: from x_t to x_s, 0 <= s < t <= T. eta: 0 (no noise) to 1 (as DDPM)."""
-    x_0 = predict_x_0(schedule, x_t, torch.tensor([t]), eps)
+    """Eq. 12 of DDIM: from x_t to x_s, 0 <= s < t <= T. eta: 0 (no noise) to 1 (as DDPM).
+
+    x_t, eps, z: float (B, 1, H, W); t, s: int. Returns x_s: (B, 1, H, W).
+    """
+    x_0 = predict_x_0(schedule, x_t, torch.tensor([t]), eps)  # (B, 1, H, W)
     noise_t, noise_s = schedule.one_minus_alpha_bar[t], schedule.one_minus_alpha_bar[s]
     ratio = schedule.alpha_bar[t] / schedule.alpha_bar[s]
     variance = eta**2 * noise_s / noise_t * (1 - ratio)  # DDIM Eq. 16, squared
-    direction = (noise_s - variance).clamp(min=0).sqrt() * eps
+    direction = (noise_s - variance).clamp(
+        min=0
+    ).sqrt() * eps  # rounding may give -1e-9
     return schedule.alpha_bar[s].sqrt() * x_0 + direction + variance.sqrt() * z
 
 
@@ -456,7 +517,7 @@ def reverse_process(model, schedule, x_T, steps=T, eta=None, generator=None):
     fewer mean DDIM. eta: None for these two, or a number for DDIM with that eta whatever
     the number of steps. generator: a CPU generator for z, so that a seed means the same on
     every device. Yields (t, x_t, x_0 as guessed from x_t), t falling from T; the last is
-    (0, x_0, x_0). Raises ValueError for steps out of range.
+    (0, x_0, x_0). Raises ValueError, when first asked for a step, if steps is out of range.
     """
     times = timesteps(steps)
     algorithm_2 = steps == T and eta is None
@@ -465,7 +526,11 @@ def reverse_process(model, schedule, x_T, steps=T, eta=None, generator=None):
         now = torch.full((len(x),), t, device=x.device)  # (B,)
         eps = eps_theta(model, schedule, x, now)
         yield t, x, predict_x_0(schedule, x, now, eps)
-        z = torch.randn(x.shape, generator=generator).to(x.device) if algorithm_2 or eta else 0
+        z = (
+            torch.randn(x.shape, generator=generator).to(x.device)
+            if algorithm_2 or eta
+            else 0
+        )
         if algorithm_2:
             x = ddpm_step(schedule, x, t, eps, z)
         else:
@@ -510,14 +575,30 @@ def stages(model):
 
 def save_forward_process(path):
     """Draws one training picture at several t, with alpha_bar_t and the SNR under each."""
-    schedule, times = Schedule(), torch.tensor([0, 50, 100, 200, 300, 400, 600, 800, 1000])
-    x_0 = torch.from_numpy(shapes.to_model(shapes.make_dataset(2, seed=0)[:1]))  # (1, 1, 32, 32)
-    x_0 = x_0.expand(len(times), -1, -1, -1)  # (9, 1, 32, 32), the same picture at each t
+    from matplotlib.figure import Figure  # not needed to train or sample
+
+    import shapes
+
+    schedule, times = (
+        Schedule(),
+        torch.tensor([0, 50, 100, 200, 300, 400, 600, 800, 1000]),
+    )
+    x_0 = torch.from_numpy(
+        shapes.to_model(shapes.make_dataset(2, seed=0)[:1])
+    )  # (1, 1, 32, 32)
+    x_0 = x_0.expand(
+        len(times), -1, -1, -1
+    )  # (9, 1, 32, 32), the same picture at each t
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
     x_t = q_sample(schedule, x_0, times, eps)
     figure = Figure(figsize=(1.35 * len(times), 2.1), layout="constrained")
-    for axes, t, picture in zip(figure.subplots(1, len(times)), times, shapes.from_model(x_t)):
-        signal, noise = schedule.alpha_bar[t].item(), schedule.one_minus_alpha_bar[t].item()
+    for axes, t, picture in zip(
+        figure.subplots(1, len(times)), times, shapes.from_model(x_t)
+    ):
+        signal, noise = (
+            schedule.alpha_bar[t].item(),
+            schedule.one_minus_alpha_bar[t].item(),
+        )
         snr = "infinite" if t == 0 else f"{signal / noise:.2g}"
         axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
         axes.set(xticks=[], yticks=[], title=f"t = {t}")
@@ -526,15 +607,16 @@ def save_forward_process(path):
 
 
 if __name__ == "__main__":
-    from matplotlib.figure import Figure
-
-    import shapes
-
     network = UNet()
     print(f"{'stage':<16}{'resolution':>10}{'channels':>10}{'parameters':>12}")
     for stage, resolution, channels, parameters in stages(network):
         print(f"{stage:<16}{resolution:>10}{channels:>10}{parameters:>12,}")
     total = sum(p.numel() for p in network.parameters())
     print(f"{'total':<16}{'':>10}{'':>10}{total:>12,}")
-    save_forward_process("forward.png")
+    try:
+        save_forward_process("forward.png")
+    except OSError as e:
+        sys.exit(
+            f"error: {e.strerror or e}: forward.png; run this in a folder you may write to"
+        )
     print("saved forward.png")

@@ -23,7 +23,9 @@ image = (
 )
 
 
-@app.function(image=image, gpu="A100", volumes={FOLDER: volume}, timeout=24 * 3600, retries=3)
+@app.function(
+    image=image, gpu="A100", volumes={FOLDER: volume}, timeout=24 * 3600, retries=3
+)
 def train_in_cloud(flags, resume, name, folder=FOLDER):
     """Trains with train.py's flags, a dictionary; name tells this run from others.
 
@@ -36,8 +38,15 @@ def train_in_cloud(flags, resume, name, folder=FOLDER):
 
     # Only flags that differ from the default count as given, as on a command line.
     default = train.parser().get_default
-    given = [f"--{f.replace('_', '-')}={v}" for f, v in flags.items() if v != default(f)]
-    given += ["--resume"] * resume + ["--checkpoints", folder, "--logs", f"{folder}/logs"]
+    given = [
+        f"--{f.replace('_', '-')}={v}" for f, v in flags.items() if v != default(f)
+    ]
+    given += ["--resume"] * resume + [
+        "--checkpoints",
+        folder,
+        "--logs",
+        f"{folder}/logs",
+    ]
     args = train.parse(given)
     latest = Path(folder) / "latest.pt"
     if latest.exists() and train.load_checkpoint(latest)[0]["name"] == name:
@@ -58,6 +67,11 @@ def main(
 ):
     """Train a diffusion model on 32x32 pictures of shapes on an A100 at modal.com."""
     flags = dict(
-        epochs=epochs, samples=samples, batch_size=batch_size, lr=lr, seed=seed, device=device
+        epochs=epochs,
+        samples=samples,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+        device=device,
     )
     train_in_cloud.remote(flags, resume, time.strftime("%Y-%m-%d_%H-%M-%S"))

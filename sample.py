@@ -1,13 +1,15 @@
 """Turns noise into pictures with a trained network: python sample.py
 
-    python sample.py                    a grid of 16 pictures: samples.png
-    python sample.py --steps 50         the same in 50 DDIM steps instead of 1000
-    python sample.py --process          noise becoming pictures: process.png, process.gif
-    python sample.py --explain          which shapes the pictures hold: explained.png
-    python sample.py --score --steps 50 how many of 500 pictures are clean, as a table
+python sample.py                    a grid of 16 pictures: samples.png
+python sample.py --steps 50         the same in 50 DDIM steps instead of 1000
+python sample.py --process          noise becoming pictures: process.png, process.gif
+python sample.py --explain          which shapes the pictures hold: explained.png
+python sample.py --score --steps 50 how many of 500 pictures are clean, as a table
 """
 
 import argparse
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from tqdm import tqdm
 
 import ddpm
 import shapes
-from train import fail, load_checkpoint, number, pick_device
+from shapes import fail, number
+from train import load_checkpoint, pick_device
 
 STRIP = (1000, 900, 800, 700, 600, 500, 400, 300, 200, 100, 50, 0)  # the t of --process
 GIF_FRAMES = 80
@@ -31,15 +34,34 @@ def parser():
         description="Draw pictures with a trained diffusion model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("--checkpoint", default="checkpoints/best.pt", metavar="PATH", help="the weights")
-    p.add_argument("--output", default=None, metavar="PATH", help="samples.png, or process.png")
     p.add_argument(
-        "--process", "--show-process", action="store_true", help="draw the way from noise to picture"
+        "--checkpoint",
+        default="checkpoints/best.pt",
+        metavar="PATH",
+        help="the weights",
     )
-    p.add_argument("--explain", action="store_true", help="outline the shapes found in each picture")
-    p.add_argument("--score", action="store_true", help="print how many pictures are clean")
     p.add_argument(
-        "--n", type=number(int, 1, 10_000), default=None, help="16; 4 with --process, 500 with --score"
+        "--output", default=None, metavar="PATH", help="samples.png, or process.png"
+    )
+    p.add_argument(
+        "--process",
+        "--show-process",
+        action="store_true",
+        help="draw the way from noise to picture",
+    )
+    p.add_argument(
+        "--explain",
+        action="store_true",
+        help="outline the shapes found in each picture",
+    )
+    p.add_argument(
+        "--score", action="store_true", help="print how many pictures are clean"
+    )
+    p.add_argument(
+        "--n",
+        type=number(int, 1, 2000),
+        default=None,
+        help="16; 4 with --process, 500 with --score",
     )
     p.add_argument(
         "--steps",
@@ -47,8 +69,14 @@ def parser():
         default=ddpm.T,
         help="1000 is Algorithm 2, fewer steps are DDIM",
     )
-    p.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the noise")
-    p.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto for the first there is")
+    p.add_argument(
+        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the noise"
+    )
+    p.add_argument(
+        "--device",
+        default="auto",
+        help="cuda, mps, cpu, or auto for the first there is",
+    )
     return p
 
 
@@ -81,11 +109,19 @@ def show_process(walk, path):
     shown = walk[:-1:every] + walk[-1:] * 15  # the end stands still for a moment
     with writer.saving(figure, path.with_suffix(".gif"), dpi=80):
         for t, x_t, x_0 in shown:
-            for axes, pictures, name in ((top, x_t, f"$x_t$, t = {t}"), (bottom, x_0, "$x_0$ guessed")):
+            for axes, pictures, name in (
+                (top, x_t, f"$x_t$, t = {t}"),
+                (bottom, x_0, "$x_0$ guessed"),
+            ):
                 axes.clear()
                 axes.axis("off")
                 axes.set_title(name, fontsize=9)
-                axes.imshow(shapes.tile(shapes.from_model(pictures), columns=n), cmap="gray", vmin=0, vmax=1)
+                axes.imshow(
+                    shapes.tile(shapes.from_model(pictures), columns=n),
+                    cmap="gray",
+                    vmin=0,
+                    vmax=1,
+                )
             writer.grab_frame()
 
 
@@ -122,41 +158,72 @@ def print_score(x, run, schedule, steps, seed):
         "an untrained network": never,
         "pure noise": noise,
     }
-    print(shapes.score_table({k: shapes.score(v.clamp(-1, 1), training) for k, v in rows.items()}))
+    print(
+        shapes.score_table(
+            {k: shapes.score(v.clamp(-1, 1), training) for k, v in rows.items()}
+        )
+    )
 
 
 def main():
-    args = parser().parse_args()
-    name = "process.png" if args.process else "explained.png" if args.explain else "samples.png"
+    try:
+        draw_and_save(parser().parse_args())
+    except OSError as e:
+        fail(
+            f"{e.strerror or e}: {e.filename or 'the picture'}; choose another --output"
+        )
+    except (MemoryError, RuntimeError) as e:
+        if "memory" not in str(e) and not isinstance(e, MemoryError):
+            raise
+        fail("not enough memory; take a smaller --n")
+
+
+def draw_and_save(args):
+    """All that sample.py does, with the flags as parser returns them."""
+    name = (
+        "process.png"
+        if args.process
+        else "explained.png"
+        if args.explain
+        else "samples.png"
+    )
     path = Path(args.output or name)
+    n = args.n or (500 if args.score else 4 if args.process else 16)
     if path.suffix.lower() != ".png":
         fail(f"--output {path} should end in .png")
-    n = args.n or (500 if args.score else 4 if args.process else 16)
-    if args.process and n > 32:
-        fail(f"--process draws every step of each picture: --n {n} is too many, take up to 32")
+    if args.process and args.explain:
+        fail("--process and --explain are two pictures: take one after the other")
+    if n > (32 if args.process else 64 if args.explain and not args.score else 2000):
+        fail(f"--n {n} is more than one picture can show; take fewer")
     device = pick_device(args.device)
     state, model = load_checkpoint(args.checkpoint)
     print(f"{args.checkpoint}: {state['epoch']} epochs, device {device}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        fail(f"--output {path} cannot be written; choose another")
     schedule = ddpm.Schedule(device)
-    walk = draw_pictures(model.to(device), schedule, n, args.steps, args.seed, every=args.process)
+    walk = draw_pictures(
+        model.to(device), schedule, n, args.steps, args.seed, every=args.process
+    )
     x = walk[-1][1]  # (n, 1, 32, 32)
     if args.score:
         print_score(x, state["run"], schedule, args.steps, args.seed)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if args.process:
-            show_process(walk, path)
-        elif args.explain:
-            shapes.save_explained(path, x[:64])
-        else:
-            shapes.save_picture(path, shapes.tile(shapes.from_model(x[:256]), columns=min(n, 8)))
-    except OSError as e:
-        fail(f"{e.strerror or e}: {e.filename or path}; make room or choose another --output")
-    print(f"saved {path}" + (f" and {path.with_suffix('.gif')}" if args.process else ""))
+    if args.process:
+        show_process(walk, path)
+    elif args.explain:
+        shapes.save_explained(path, x[:64])
+    else:
+        shapes.save_picture(
+            path, shapes.tile(shapes.from_model(x), columns=8 if n <= 64 else 32)
+        )
+    print(
+        f"saved {path}" + (f" and {path.with_suffix('.gif')}" if args.process else "")
+    )
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        fail("stopped; nothing was saved")
+        print("stopped before the end")
+        sys.exit(130)

@@ -12,6 +12,7 @@ only be judged by eye; a generated circle either is a circle or it is not.
 
 import argparse
 import math
+import sys
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -117,7 +118,9 @@ def triangle(ax, ay, bx, by, cx, cy):
     # a loose pixel. The bounding box cuts off what this adds beyond the tips.
     turn = np.sign((bx - ax) * (cy - ay) - (cx - ax) * (by - ay))
     xs, ys = np.stack([ax, bx, cx]), np.stack([ay, by, cy])
-    inside = ((xs.min(0) <= X) & (X <= xs.max(0))) & ((ys.min(0) <= Y) & (Y <= ys.max(0)))
+    inside = ((xs.min(0) <= X) & (X <= xs.max(0))) & (
+        (ys.min(0) <= Y) & (Y <= ys.max(0))
+    )
     for px, py, qx, qy in ((ax, ay, bx, by), (bx, by, cx, cy), (cx, cy, ax, ay)):
         dx, dy = turn * (qx - px), turn * (qy - py)
         inside &= 2 * dx * (Y - py) + (np.abs(dx) + np.abs(dy)) > 2 * dy * (X - px)
@@ -130,8 +133,12 @@ def line(ax, ay, bx, by, width):
     dx, dy = bx - ax, by - ay
     length2 = (dx * dx + dy * dy).astype(np.int32)
     along = dx * (X - ax) + dy * (Y - ay)
-    across = (dx * (Y - ay) - dy * (X - ax)).astype(np.int32)  # length * signed distance
-    across *= np.where((dx < 0) | ((dx == 0) & (dy < 0)), -1, 1)  # the same from either end
+    across = (dx * (Y - ay) - dy * (X - ax)).astype(
+        np.int32
+    )  # length * signed distance
+    across *= np.where(
+        (dx < 0) | ((dx == 0) & (dy < 0)), -1, 1
+    )  # the same from either end
     # |distance| <= width / 2, squared and times 4 so that it stays an integer. One edge is
     # in, the other out: else an upright line of width 2 would cover three columns.
     reach, offset = width * width * length2, 4 * across * np.abs(across)
@@ -256,7 +263,9 @@ def tile(pictures, columns=8, scale=4):
     cells[:n] = pictures
     cells = cells.repeat(scale, axis=1).repeat(scale, axis=2)
     cells = np.pad(cells, ((0, 0), (1, 1), (1, 1)), constant_values=0.5)
-    cells = cells.reshape(rows, columns, *cells.shape[1:])  # (rows, columns, side, side)
+    cells = cells.reshape(
+        rows, columns, *cells.shape[1:]
+    )  # (rows, columns, side, side)
     return cells.transpose(0, 2, 1, 3).reshape(rows * cells.shape[2], -1)
 
 
@@ -298,11 +307,20 @@ def find_blobs(pictures):
     pictures: bool (n, 32, 32). Returns bool (n, 3, 32, 32), empty where there is none.
     """
     n = len(pictures)
-    labels = pictures * np.arange(1, SIZE * SIZE + 1, dtype=np.int16).reshape(SIZE, SIZE)
-    while True:  # every pixel takes the largest label around it, until a blob has just one
+    labels = pictures * np.arange(1, SIZE * SIZE + 1, dtype=np.int16).reshape(
+        SIZE, SIZE
+    )
+    while (
+        True
+    ):  # every pixel takes the largest label around it, until a blob has just one
         near = np.pad(labels, ((0, 0), (1, 1), (1, 1)))  # (n, 34, 34)
-        near = np.maximum(np.maximum(near[:, :-2], near[:, 1:-1]), near[:, 2:])  # (n, 32, 34)
-        near = np.maximum(np.maximum(near[..., :-2], near[..., 1:-1]), near[..., 2:]) * pictures
+        near = np.maximum(
+            np.maximum(near[:, :-2], near[:, 1:-1]), near[:, 2:]
+        )  # (n, 32, 34)
+        near = (
+            np.maximum(np.maximum(near[..., :-2], near[..., 1:-1]), near[..., 2:])
+            * pictures
+        )
         if np.array_equal(near, labels):
             break
         labels = near
@@ -339,7 +357,11 @@ def _guess(kind, blobs):
         c = np.where(flat, np.abs(across), -1).argmax(1)
         return np.stack([px[a], py[a], px[b], py[b], px[c], py[c]], 1)
     # A line runs along the direction in which its pixels spread most.
-    xx, yy, xy = (flat * dx * dx).sum(1), (flat * dy * dy).sum(1), (flat * dx * dy).sum(1)
+    xx, yy, xy = (
+        (flat * dx * dx).sum(1),
+        (flat * dy * dy).sum(1),
+        (flat * dx * dy).sum(1),
+    )
     angle = 0.5 * np.arctan2(2 * xy, xx - yy)
     ux, uy = np.cos(angle), np.sin(angle)
     along = np.where(flat, dx * ux[:, None] + dy * uy[:, None], 0)
@@ -369,7 +391,9 @@ def _fit(kind, blobs):
     moves = _moves(kind)
     todo = np.nonzero(best > 0)[0]
     while len(todo):
-        costs = np.stack([differ(params[todo] + move, todo) for move in moves])  # (moves, m)
+        costs = np.stack(
+            [differ(params[todo] + move, todo) for move in moves]
+        )  # (moves, m)
         pick, cost = costs.argmin(0), costs.min(0)
         better = cost < best[todo]
         todo = todo[better]
@@ -412,7 +436,9 @@ def explain(picture):
     """One picture, 0/1 (32, 32): ([(kind, integers), ...], number of pixels that differ)."""
     picture = np.asarray(picture)
     if picture.shape != (SIZE, SIZE) or not np.isin(picture, (0, 1)).all():
-        raise ValueError(f"expected a picture of 0 and 1, ({SIZE}, {SIZE}); got {picture.shape}")
+        raise ValueError(
+            f"expected a picture of 0 and 1, ({SIZE}, {SIZE}); got {picture.shape}"
+        )
     kinds, params, differ = explain_all(picture[None])
     found = [
         (KINDS[k], tuple(p[: len(PARAMETERS[KINDS[k]])].tolist()))
@@ -448,11 +474,15 @@ def score(x, training=None):
     if not np.isfinite(x).all():
         raise ValueError("expected finite values, got nan or infinity")
     if np.abs(x).max() > 1:
-        raise ValueError(f"expected values in [-1, 1], got up to {np.abs(x).max():.3g}; clip first")
+        raise ValueError(
+            f"expected values in [-1, 1], got up to {np.abs(x).max():.3g}; clip first"
+        )
     pictures = (x[:, 0] > 0).astype(np.uint8)  # (n, 32, 32)
     kinds, _, differ = explain_all(pictures)
     clean = is_clean(kinds, differ)
-    known = {p.tobytes() for p in np.asarray([] if training is None else training, np.uint8)}
+    known = {
+        p.tobytes() for p in np.asarray([] if training is None else training, np.uint8)
+    }
     seen = [p.tobytes() for p in pictures]
     return {
         "clean": clean.mean(),
@@ -476,11 +506,18 @@ def score_table(rows):
     ]
     for name, s in rows.items():
         shares = f"{s['clean']:>8.1%}{s['decided']:>9.1%}{s['copies']:>8.1%}{s['distinct']:>10.1%}"
-        lines.append(f"{name:<24}{shares}   {percent(s['shapes']):<13}  {percent(s['kinds'])}")
+        lines.append(
+            f"{name:<24}{shares}   {percent(s['shapes']):<13}  {percent(s['kinds'])}"
+        )
     return "\n".join(lines)
 
 
-COLOURS = {"circle": "orange", "rectangle": "deepskyblue", "triangle": "limegreen", "line": "violet"}
+COLOURS = {
+    "circle": "orange",
+    "rectangle": "deepskyblue",
+    "triangle": "limegreen",
+    "line": "violet",
+}
 
 
 def save_explained(path, x):
@@ -505,7 +542,9 @@ def save_explained(path, x):
                 # Drawn finer, so that the outline follows the edges of the pixels.
                 corner = (-0.5, SIZE - 0.5, -0.5, SIZE - 0.5)
                 fine = mask.repeat(8, axis=0).repeat(8, axis=1)
-                axes.contour(fine, [0.5], colors=COLOURS[KINDS[k]], extent=corner, linewidths=1.2)
+                axes.contour(
+                    fine, [0.5], colors=COLOURS[KINDS[k]], extent=corner, linewidths=1.2
+                )
         if not clean[i]:
             axes.set_title(f"malformed: {differ[i]} px", fontsize=8, color="red")
             for spine in axes.spines.values():
@@ -515,13 +554,55 @@ def save_explained(path, x):
     figure.savefig(path, dpi=110)
 
 
+# ---------------------------------------------------------------------------------------
+# 7. The command line
+# ---------------------------------------------------------------------------------------
+
+
+def fail(message):
+    """Ends the program with one line and exit code 1."""
+    sys.exit(f"error: {message}")
+
+
+def number(kind, low, high):
+    """An argparse type: a number of this kind between low and high, both included."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:  # also true for nan
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {name} from {low} to {high}"
+            )
+        return value
+
+    return parse
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Save a labelled grid of the data as a picture.")
-    parser.add_argument("--output", default="shapes.png", help="the file (default: %(default)s)")
-    parser.add_argument("--n", type=int, choices=range(1, 257), metavar="1..256", default=32, help="pictures (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the data (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description="Save a labelled grid of the data as a picture.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--output", default="shapes.png", metavar="PATH", help="the picture"
+    )
+    parser.add_argument(
+        "--n", type=number(int, 1, 256), default=32, help="how many pictures"
+    )
+    parser.add_argument(
+        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the data"
+    )
     args = parser.parse_args()
-    save_labelled_grid(args.output, args.n, args.seed)
+    if not args.output.lower().endswith(".png"):
+        fail(f"--output {args.output} should end in .png")
+    try:
+        save_labelled_grid(args.output, args.n, args.seed)
+    except OSError as e:
+        fail(f"{e.strerror or e}: {args.output}; make room or choose another --output")
     print(f"saved {args.output}")
 
 

@@ -6,12 +6,14 @@ samples are in TensorBoard: tensorboard --logdir logs. Ctrl-C stops, --resume go
 """
 
 import argparse
+import errno
 import math
 import os
-import pickle
+import shlex
 import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -20,34 +22,14 @@ from tqdm import tqdm
 
 import ddpm
 import shapes
+from shapes import fail, number
 
 FORMAT = 1  # of a checkpoint; raise it when old ones can no longer be read
 RUN = ("epochs", "samples", "batch_size", "lr", "seed")  # the flags that define a run
-WARMUP = 100  # steps in which the learning rate rises to --lr: Adam's averages are empty
+WARMUP = 100  # steps in which the learning rate rises: Adam's averages are empty
 SAMPLE_EVERY = 5  # epochs between two grids of samples
 HELD_OUT = 512  # pictures for the validation loss
 GRID, GRID_STEPS = 64, 50  # pictures and DDIM steps of a grid
-
-
-def fail(message):
-    """Ends the program with one line and exit code 1."""
-    sys.exit(f"error: {message}")
-
-
-def number(kind, low, high):
-    """An argparse type: a number of this kind between low and high, both included."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:  # also true for nan
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
-        return value
-
-    return parse
 
 
 def parser():
@@ -57,26 +39,51 @@ def parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument(
-        "--epochs", type=number(int, 1, 10**6), default=100, help="passes over the pictures"
+        "--epochs",
+        type=number(int, 1, 10**6),
+        default=100,
+        help="passes over the pictures",
     )
     p.add_argument(
-        "--samples", type=number(int, 1, 10**6), default=10_000, help="training pictures to draw"
+        "--samples",
+        type=number(int, 1, 10**6),
+        default=10_000,
+        help="training pictures to draw",
     )
     p.add_argument(
-        "--batch-size", type=number(int, 1, 10**6), default=64, help="pictures per training step"
+        "--batch-size",
+        type=number(int, 1, 10**6),
+        default=64,
+        help="pictures per training step",
     )
     p.add_argument(
-        "--lr", type=number(float, 1e-12, 1e3), default=2e-4, help="learning rate after warm-up"
+        "--lr",
+        type=number(float, 1e-12, 1e3),
+        default=2e-4,
+        help="learning rate after warm-up",
     )
     p.add_argument(
-        "--resume", action="store_true", help="go on from latest.pt, up to --epochs in all"
+        "--resume",
+        action="store_true",
+        help="go on from latest.pt, up to --epochs in all",
     )
     p.add_argument(
-        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="of data, weights and noise"
+        "--seed",
+        type=number(int, 0, 2**32 - 1),
+        default=0,
+        help="of data, weights and noise",
     )
-    p.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto for the first there is")
-    p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where to save")
-    p.add_argument("--logs", default="logs", metavar="DIR", help="where TensorBoard looks")
+    p.add_argument(
+        "--device",
+        default="auto",
+        help="cuda, mps, cpu, or auto for the first there is",
+    )
+    p.add_argument(
+        "--checkpoints", default="checkpoints", metavar="DIR", help="where to save"
+    )
+    p.add_argument(
+        "--logs", default="logs", metavar="DIR", help="where TensorBoard looks"
+    )
     return p
 
 
@@ -89,8 +96,10 @@ def pick_device(name):
     }
     if name == "auto":
         return torch.device(next(d for d in there if there[d]))
-    if not there.get(name.split(":")[0], False):
-        fail(f"--device {name} is not here; there is: {', '.join(d for d in there if there[d])}")
+    if not there.get(name.split(":")[0], False) or name.startswith("cpu:"):
+        fail(
+            f"--device {name} is not here; there is: {', '.join(d for d in there if there[d])}"
+        )
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
@@ -105,10 +114,26 @@ def save_checkpoint(path, state):
     """Writes to a temporary file first: a crash half-way leaves the old checkpoint whole."""
     temporary = path.with_suffix(".tmp")
     try:
-        torch.save(state, temporary)
+        with open(temporary, "wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as e:  # what torch makes of a full disk
+                raise OSError(errno.ENOSPC, "could not write", str(path)) from e
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+CHECKPOINT = {  # what must be in one, and of which type
+    **dict.fromkeys(("format", "epoch", "step"), int),
+    **dict.fromkeys(("config", "run", "model", "ema", "optimizer"), dict),
+    **{"name": str, "generator": torch.Tensor, "history": list},
+}
+
+
+def reason(e):
+    """The first line of what an exception says, for an error message of one line."""
+    return (str(e).splitlines() or [type(e).__name__])[0][:80]
 
 
 def load_checkpoint(path):
@@ -116,38 +141,66 @@ def load_checkpoint(path):
 
     Returns (state, model): the saved dictionary and a UNet with the EMA weights, on the CPU.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    path = Path(path)
+    if not path.exists():
         fail(f"{path} does not exist; python train.py makes one")
-    except IsADirectoryError:
+    if path.is_dir():
         fail(f"{path} is a folder, not a checkpoint")
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as e:
-        reason = (str(e).splitlines() or [type(e).__name__])[0][:100]
-        fail(f"{path} is not a checkpoint that can be read ({reason})")
-    if not isinstance(state, dict) or "format" not in state:
+    try:
+        with zipfile.ZipFile(
+            path
+        ) as parts:  # a small file must not unpack to a huge one
+            if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:
+                fail(f"{path} claims to be larger than it is; it was not opened")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # a file from anywhere can break the reader in any way
+        fail(f"{path} is not a checkpoint that can be read ({reason(e)})")
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         fail(f"{path} is not a checkpoint of this program")
     if state["format"] != FORMAT:
         fail(f"{path} has format {state['format']}, this program reads format {FORMAT}")
+    for key, kind in CHECKPOINT.items():
+        if not isinstance(state.get(key), kind):
+            fail(
+                f"{path} is incomplete: its {key!r} is missing or not a {kind.__name__}"
+            )
+    limits = {a.dest: a.type for a in parser()._actions}
+    try:  # the run's flags obey the same limits as on the command line
+        run = {flag: limits[flag](str(state["run"][flag])) for flag in RUN}
+        losses = [row["train_loss"] + row["val_loss"] for row in state["history"]]
+    except (argparse.ArgumentTypeError, KeyError, TypeError) as e:
+        fail(
+            f"{path} is damaged: its flags or its history are not those of a run ({reason(e)})"
+        )
+    if run != state["run"] or len(losses) != state["epoch"]:
+        fail(f"{path} is damaged: its flags or its history are not those of a run")
     try:
-        model = ddpm.UNet(**state["config"])
-        model.load_state_dict(state["ema"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
-        reason = (str(e).splitlines() or [type(e).__name__])[0][:100]
-        fail(f"{path} does not hold the weights of this network ({reason})")
-    if not all(p.isfinite().all() for p in model.parameters()):
-        fail(f"{path} holds weights that are not finite; take an older checkpoint")
+        # Without memory behind it, until it is known that the weights of the file fit.
+        with torch.device("meta"):
+            model = ddpm.UNet(**state["config"])
+        model.load_state_dict(state["ema"], assign=True)
+        fits = all(
+            p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters()
+        )
+    except Exception as e:
+        fail(f"{path} does not hold the weights of this network ({reason(e)})")
+    if not fits:
+        fail(
+            f"{path} holds weights that are not finite numbers; take another checkpoint"
+        )
     return state, model.requires_grad_(False)
 
 
 def set_aside(folder):
     """Moves the files of an earlier run into a folder of their own, so that none is lost."""
-    latest = folder / "latest.pt"
-    if latest.exists():
-        stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(latest.stat().st_mtime))
-        aside = folder / f"run_{stamp}"
-        aside.mkdir(exist_ok=True)
-        for file in [*folder.glob("*.pt"), *folder.glob("*.png")]:
+    names = ["samples_*.png", "loss.png", "best.pt", "latest.pt"]
+    files = [file for name in names for file in sorted(folder.glob(name))]
+    if files:
+        aside, count = folder / time.strftime("run_%Y-%m-%d_%H-%M-%S"), 2
+        while aside.exists():
+            aside, count = aside.with_name(f"{aside.name}_{count}"), count + 1
+        aside.mkdir()
+        for file in files:
             file.rename(aside / file.name)
         print(f"{folder} held an earlier run: moved to {aside}")
 
@@ -161,13 +214,17 @@ def save_curve(path, history):
     axes = figure.subplots()
     epochs = [row["epoch"] for row in history]
     axes.plot(epochs, [row["train_loss"] for row in history], label="training")
-    axes.plot(epochs, [row["val_loss"] for row in history], label="validation (EMA weights)")
+    axes.plot(
+        epochs, [row["val_loss"] for row in history], label="validation (EMA weights)"
+    )
     axes.set(xlabel="epoch", ylabel="loss (Eq. 14)", yscale="log")
     axes.legend(loc="upper left")
     clean = [(row["epoch"], row["clean"]) for row in history if "clean" in row]
     if clean:
         right = axes.twinx()
-        right.plot(*zip(*clean), "o-", color="tab:green", label="share of clean samples")
+        right.plot(
+            *zip(*clean), "o-", color="tab:green", label="share of clean samples"
+        )
         right.set(ylabel="share of clean samples", ylim=(0, 1))
         right.legend(loc="upper right")
     figure.savefig(path, dpi=120)
@@ -176,10 +233,22 @@ def save_curve(path, history):
 # --- Training --------------------------------------------------------------------------
 
 
+def new_run(args, device):
+    """Model, EMA, optimizer and the generator of all training noise, before the first step."""
+    torch.manual_seed(args.seed)
+    model = ddpm.UNet().to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0, fused=True
+    )
+    generator = torch.Generator(device).manual_seed(args.seed)
+    return model, ddpm.EMA(model), optimizer, generator
+
+
 def train_step(model, ema, optimizer, schedule, x_0, generator, step, lr):
     """Algorithm 1, one step: returns the loss, a 0-d tensor still on the device."""
-    t = torch.randint(1, ddpm.T + 1, (len(x_0),), device=x_0.device, generator=generator)
-    eps = torch.randn(x_0.shape, device=x_0.device, generator=generator)
+    B, device = len(x_0), x_0.device
+    t = torch.randint(1, ddpm.T + 1, (B,), device=device, generator=generator)
+    eps = torch.randn(x_0.shape, device=device, generator=generator)
     for group in optimizer.param_groups:
         group["lr"] = lr * min(1, step / WARMUP)
     loss = ddpm.loss_fn(model, schedule, x_0, t, eps)
@@ -195,29 +264,73 @@ def train_step(model, ema, optimizer, schedule, x_0, generator, step, lr):
 def validation_loss(model, schedule, x_0):
     """The loss on held-out pictures, always with the same noise and the same t."""
     t = torch.linspace(1, ddpm.T, len(x_0)).round().long().to(x_0.device)
-    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1)).to(x_0.device)
+    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1)).to(
+        x_0.device
+    )
     parts = zip(x_0.split(64), t.split(64), eps.split(64))
     losses = [ddpm.loss_fn(model, schedule, *part) * len(part[0]) for part in parts]
     return (sum(losses) / len(x_0)).item()
 
 
-def new_run(args, device):
-    """Model, EMA, optimizer and the generator of all training noise, before the first step."""
-    torch.manual_seed(args.seed)
-    model = ddpm.UNet().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0, fused=True)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    return model, ddpm.EMA(model), optimizer, generator
+def restore(path, saved, model, ema, optimizer, generator):
+    """Puts what a checkpoint holds back in its place; ends the program if it does not fit."""
+    try:
+        model.load_state_dict(saved["model"])
+        ema.model.load_state_dict(saved["ema"])
+        optimizer.load_state_dict(saved["optimizer"])
+        for p in model.parameters():  # the optimizer itself does not look at shapes
+            if any(
+                optimizer.state[p][key].shape != p.shape
+                for key in ("exp_avg", "exp_avg_sq")
+            ):
+                raise ValueError("averages and weights of different shapes")
+    except Exception as e:
+        fail(f"{path} cannot be resumed ({reason(e)})")
+    try:
+        generator.set_state(saved["generator"])
+    except (RuntimeError, TypeError):
+        fail(
+            f"{path} comes from another kind of device than {generator.device}; go on there"
+        )
 
 
-def seconds_per_step(args, device, schedule, data):
+def seconds_per_step(args, device, schedule, data, check):
     """Measures the speed on a network that is thrown away, the run is not touched."""
     model, ema, optimizer, generator = new_run(args, device)
+    x_0 = data[: args.batch_size]
     for i in range(8):
         if i == 3:  # the first steps are slower
             start = time.perf_counter()
-        train_step(model, ema, optimizer, schedule, data[: args.batch_size], generator, 1, args.lr).item()
+        train_step(model, ema, optimizer, schedule, x_0, generator, 1, args.lr).item()
+        check()
     return (time.perf_counter() - start) / 5
+
+
+def draw_grid(model, schedule, check):
+    """The same noise each time, turned into pictures: (grid as an array, share clean)."""
+    x_T = torch.randn(GRID, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    x_T = x_T.to(schedule.beta.device)
+    for _, x_0, _ in ddpm.reverse_process(model, schedule, x_T, GRID_STEPS):
+        check()
+    x_0 = x_0.clamp(-1, 1).cpu()
+    grid = shapes.tile(shapes.from_model(x_0), columns=16)
+    return grid, float(shapes.score(x_0)["clean"])
+
+
+def read_run(args, latest):
+    """For --resume: the checkpoint, with the flags that were not given put into args."""
+    if not latest.exists():
+        fail(f"nothing to resume: {latest} does not exist; start without --resume")
+    saved, _ = load_checkpoint(latest)
+    for flag in RUN:
+        given, was = getattr(args, flag), saved["run"][flag]
+        if given is None:
+            setattr(args, flag, was)
+        elif flag != "epochs" and given != was:
+            fail(
+                f"this run was started with --{flag.replace('_', '-')} {was}, not {given}"
+            )
+    return saved
 
 
 def train(args, name=None, after_epoch=lambda: None, check=lambda: None):
@@ -227,102 +340,101 @@ def train(args, name=None, after_epoch=lambda: None, check=lambda: None):
     arguments when the files of an epoch are written. check: called often, between two
     steps; what it raises ends the training.
     """
-    from torch.utils.tensorboard import SummaryWriter  # slow to load, and only needed here
+    from torch.utils.tensorboard import (
+        SummaryWriter,
+    )  # slow to load, and only needed here
 
+    # Build.
     device = pick_device(args.device)
     folder = Path(args.checkpoints)
     latest, best = folder / "latest.pt", folder / "best.pt"
-    saved = None
-    if args.resume:
-        if not latest.exists():
-            fail(f"nothing to resume: {latest} does not exist; start without --resume")
-        saved, ema_model = load_checkpoint(latest)
-        for flag in RUN:  # a flag that was not given is what it was
-            given, was = getattr(args, flag), saved["run"][flag]
-            if given is None or flag == "epochs":
-                setattr(args, flag, was if given is None else given)
-            elif given != was:
-                fail(f"this run was started with --{flag.replace('_', '-')} {was}, not {given}")
+    saved = read_run(args, latest) if args.resume else None
     if args.samples < args.batch_size:
-        fail(f"--samples {args.samples} is less than one batch: --batch-size {args.batch_size}")
-
+        fail(
+            f"--samples {args.samples} is less than one batch: --batch-size {args.batch_size}"
+        )
+    history, name = [], name or time.strftime("%Y-%m-%d_%H-%M-%S")
+    model, ema, optimizer, generator = new_run(args, device)
+    if saved:
+        restore(latest, saved, model, ema, optimizer, generator)
+        history, name = saved["history"], saved["name"]
+    if len(history) >= args.epochs:
+        print(f"{latest} has {len(history)} epochs already; a larger --epochs goes on")
+        return
     schedule = ddpm.Schedule(device)
     data = shapes.to_model(shapes.make_dataset(args.samples, seed=args.seed))
-    data = torch.from_numpy(data).to(device)  # (samples, 1, 32, 32), all of it, for good
+    data = torch.from_numpy(data).to(
+        device
+    )  # (samples, 1, 32, 32), there for the whole run
     held_out = shapes.to_model(shapes.make_dataset(HELD_OUT, seed=[args.seed, 1]))
-    held_out = torch.from_numpy(held_out).to(device)
-    model, ema, optimizer, generator = new_run(args, device)
-    history, name = [], name or time.strftime("%Y-%m-%d_%H-%M-%S")
-    if saved:
-        try:
-            model.load_state_dict(saved["model"])
-            ema.model.load_state_dict(saved["ema"])
-            optimizer.load_state_dict(saved["optimizer"])
-            generator.set_state(saved["generator"])
-            history, name = saved["history"], saved["name"]
-        except (KeyError, ValueError, RuntimeError, TypeError) as e:
-            fail(f"{latest} cannot be resumed ({str(e).splitlines()[0][:100]})")
-    if len(history) >= args.epochs:
-        print(f"{latest} has {len(history)} epochs already; --epochs with a larger number goes on")
-        return
+    held_out = torch.from_numpy(held_out).to(device)  # (HELD_OUT, 1, 32, 32)
+    batches = (
+        args.samples // args.batch_size
+    )  # the rest of a shuffled epoch is left out
+    step, to_go = len(history) * batches, args.epochs - len(history)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"device {device}: {parameters:,} parameters, {args.samples:,} pictures")
+    seconds = seconds_per_step(args, device, schedule, data, check) * batches * to_go
+    print(f"{to_go} epochs to go, about {seconds / 60:.1f} minutes at the speed now")
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, "cannot write here", str(folder))
+    writer = SummaryWriter(Path(args.logs) / name, purge_step=step + 1)
     if not saved:
         set_aside(folder)
 
-    steps = args.samples // args.batch_size  # the rest of a shuffled epoch is left out
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"device {device}: {parameters:,} parameters, {args.samples:,} pictures, {steps} steps an epoch")
-    seconds = seconds_per_step(args, device, schedule, data) * steps * (args.epochs - len(history))
-    print(f"{args.epochs - len(history)} epochs to go, about {seconds / 60:.1f} minutes at the speed now")
-    x_T = torch.randn(GRID, 1, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
-    writer = SummaryWriter(Path(args.logs) / name, purge_step=len(history) * steps + 1)
-    with writer, tqdm(total=args.epochs * steps, initial=len(history) * steps, unit="step") as bar:
+    # Loop.
+    with writer, tqdm(total=args.epochs * batches, initial=step, unit="step") as bar:
         for epoch in range(len(history) + 1, args.epochs + 1):
             start, losses = time.perf_counter(), []
             order = torch.randperm(args.samples, generator=generator, device=device)
-            for batch in order.split(args.batch_size)[:steps]:
-                step = bar.n + 1
-                loss = train_step(model, ema, optimizer, schedule, data[batch], generator, step, args.lr)
+            for batch in order.split(args.batch_size)[:batches]:
+                step += 1
+                x_0 = data[batch]  # (B, 1, 32, 32)
+                loss = train_step(
+                    model, ema, optimizer, schedule, x_0, generator, step, args.lr
+                )
                 losses.append(loss)
                 bar.update()
                 check()
                 if step % 20 == 0:  # .item() waits for the device, so not at every step
-                    speed = len(losses) * args.batch_size / (time.perf_counter() - start)
-                    bar.set_postfix(epoch=epoch, loss=f"{loss.item():.4f}", pictures_s=f"{speed:.0f}")
+                    speed = (
+                        len(losses) * args.batch_size / (time.perf_counter() - start)
+                    )
+                    words = f"loss {loss.item():.4f}, {speed:.0f} pictures/s"
+                    bar.set_postfix_str(words, refresh=False)
             losses = torch.stack(losses).tolist()
-            if not all(map(math.isfinite, losses)):
-                fail(f"the loss is not finite in epoch {epoch}; nothing of it was saved, try a smaller --lr")
-            row = dict(
-                epoch=epoch,
-                train_loss=sum(losses) / steps,
-                val_loss=validation_loss(ema.model, schedule, held_out),
-                seconds=time.perf_counter() - start,
-            )
-            for i, value in enumerate(losses):
-                writer.add_scalar("loss/train", value, (epoch - 1) * steps + i + 1)
-            writer.add_scalar("loss/validation", row["val_loss"], epoch * steps)
+            row = {"epoch": epoch, "train_loss": sum(losses) / batches}
+            row["val_loss"] = validation_loss(ema.model, schedule, held_out)
+            if not all(map(math.isfinite, [*losses, row["val_loss"]])):
+                fail(
+                    f"the loss is not finite in epoch {epoch}, which was not saved; lower --lr"
+                )
             if epoch % SAMPLE_EVERY == 0 or epoch == args.epochs:
-                for _, x_0, _ in ddpm.reverse_process(ema.model, schedule, x_T, GRID_STEPS):
-                    check()
-                row["clean"] = float(shapes.score(x_0.clamp(-1, 1).cpu())["clean"])
-                writer.add_scalar("clean share", row["clean"], epoch * steps)
-                grid = shapes.tile(shapes.from_model(x_0.cpu()), columns=16)
-                writer.add_image("samples", grid[None], epoch * steps)
+                grid, row["clean"] = draw_grid(ema.model, schedule, check)
                 shapes.save_picture(folder / f"samples_{epoch:04d}.png", grid)
+                writer.add_image("samples", grid[None], step)
+                writer.add_scalar("clean share", row["clean"], step)
+            for i, value in enumerate(losses):
+                writer.add_scalar("loss/train", value, step - batches + i + 1)
+            writer.add_scalar("loss/validation", row["val_loss"], step)
+            row["seconds"] = time.perf_counter() - start
             history.append(row)
-            state = dict(
-                format=FORMAT,
-                config=model.config,
-                run={flag: getattr(args, flag) for flag in RUN},
-                name=name,
-                epoch=epoch,
-                step=epoch * steps,
-                model=model.state_dict(),
-                ema=ema.model.state_dict(),
-                optimizer=optimizer.state_dict(),
-                generator=generator.get_state(),
-                history=history,
-            )
+
+            # Save.
+            state = {
+                "format": FORMAT,
+                "config": model.config,
+                "run": {flag: getattr(args, flag) for flag in RUN},
+                "name": name,
+                "epoch": epoch,
+                "step": step,
+                "model": model.state_dict(),
+                "ema": ema.model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "generator": generator.get_state(),
+                "history": history,
+            }
             # best before latest: killed between the two, the epoch is simply done again.
             if row["val_loss"] <= min(r["val_loss"] for r in history):
                 save_checkpoint(best, state)
@@ -330,7 +442,10 @@ def train(args, name=None, after_epoch=lambda: None, check=lambda: None):
             save_curve(folder / "loss.png", history)
             after_epoch()
             line = f"epoch {epoch}: loss {row['train_loss']:.4f}, validation {row['val_loss']:.4f}"
-            tqdm.write(line + (f", {row['clean']:.0%} of samples clean" if "clean" in row else ""))
+            tqdm.write(
+                line
+                + (f", {row['clean']:.0%} of samples clean" if "clean" in row else "")
+            )
 
 
 def parse(argv=None):
@@ -346,6 +461,15 @@ def parse(argv=None):
     return args
 
 
+def how_to_resume(args):
+    """The command line that goes on where this run was stopped."""
+    words = ["python", "train.py", "--resume"]
+    for flag in ("epochs", "device", "checkpoints", "logs"):
+        if getattr(args, flag) not in (None, parser().get_default(flag)):
+            words += [f"--{flag}", str(getattr(args, flag))]
+    return shlex.join(words)
+
+
 def main():
     args = parse()
     asked = []
@@ -356,24 +480,33 @@ def main():
         asked.append(True)
         if len(asked) > 1:
             raise KeyboardInterrupt
+        tqdm.write("stopping after this step")
 
     def check():
         if asked:
             raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         train(args, check=check)
     except KeyboardInterrupt:
-        where = "" if args.checkpoints == "checkpoints" else f" --checkpoints {args.checkpoints}"
         if (Path(args.checkpoints) / "latest.pt").exists():
-            print(f"\nstopped; the last complete epoch is kept. To go on: python train.py --resume{where}")
+            print(
+                f"\nstopped; the last complete epoch is kept. To go on: {how_to_resume(args)}"
+            )
         else:
             print("\nstopped before the first epoch was complete: nothing was saved")
         sys.exit(130)
     except OSError as e:
-        fail(f"{e.strerror or e}: {e.filename or args.checkpoints}; make room or choose another folder")
+        place = e.filename or f"{args.checkpoints} or {args.logs}"
+        fail(f"{e.strerror or e}: {place}; make room there, or choose another folder")
+    except (MemoryError, RuntimeError) as e:
+        if "memory" not in str(e) and not isinstance(e, MemoryError):
+            raise
+        fail("not enough memory; take a smaller --batch-size or fewer --samples")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -31,48 +31,51 @@ GIF_FRAMES = 80
 def parser():
     """The flags of sample.py."""
     p = argparse.ArgumentParser(
-        description="Draw pictures with a trained diffusion model.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Draw pictures with a trained diffusion model."
     )
-    p.add_argument(
+
+    def add(*names, **how):
+        how["help"] += (
+            " (default: %(default)s)" if how.get("default") is not None else ""
+        )
+        p.add_argument(*names, **how)
+
+    add(
         "--checkpoint",
         default="checkpoints/best.pt",
         metavar="PATH",
         help="the weights",
     )
-    p.add_argument(
-        "--output", default=None, metavar="PATH", help="samples.png, or process.png"
+    add(
+        "--output",
+        metavar="PATH",
+        help="default: samples.png, process.png or explained.png",
     )
-    p.add_argument(
+    add(
         "--process",
         "--show-process",
         action="store_true",
-        help="draw the way from noise to picture",
+        help="draw noise becoming pictures",
     )
-    p.add_argument(
+    add(
         "--explain",
         action="store_true",
         help="outline the shapes found in each picture",
     )
-    p.add_argument(
-        "--score", action="store_true", help="print how many pictures are clean"
-    )
-    p.add_argument(
+    add("--score", action="store_true", help="print how many pictures are clean")
+    add(
         "--n",
         type=number(int, 1, 2000),
-        default=None,
-        help="16; 4 with --process, 500 with --score",
+        help="how many pictures; default: 16, with --process 4, with --score 500",
     )
-    p.add_argument(
+    add(
         "--steps",
         type=number(int, 1, ddpm.T),
         default=ddpm.T,
         help="1000 is Algorithm 2, fewer steps are DDIM",
     )
-    p.add_argument(
-        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the noise"
-    )
-    p.add_argument(
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the noise")
+    add(
         "--device",
         default="auto",
         help="cuda, mps, cpu, or auto for the first there is",

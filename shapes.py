@@ -177,19 +177,24 @@ def draw(kinds, params):
     return pictures
 
 
-def touches(mask, picture):
+def pack(masks):
+    """Each row of 32 pixels as one 32-bit number, bit x for pixel x: (m, 32, 32) -> (m, 32)."""
+    return np.packbits(masks, axis=2, bitorder="little").view("<u4")[:, :, 0]
+
+
+def touches(shape, picture):
     """Says where a shape overlaps or touches, also at a corner, what is drawn already.
 
-    mask: bool (m, 32, 32). picture: bool (m, 32, 32). Returns bool (m,).
+    Both as pack makes them, uint32 (m, 32), so that one operation looks at 32 pixels.
+    Returns bool (m,).
     """
-    # Every pixel of the picture, grown to the 3x3 block around it, one axis at a time.
-    near = picture.copy()  # (m, 32, 32)
-    near[:, 1:] |= picture[:, :-1]
-    near[:, :-1] |= picture[:, 1:]
-    wide = near.copy()
-    wide[:, :, 1:] |= near[:, :, :-1]
-    wide[:, :, :-1] |= near[:, :, 1:]
-    return (mask & wide).any((1, 2))
+    wide = (
+        picture | picture << 1 | picture >> 1
+    )  # (m, 32), and its left and right neighbours
+    near = wide.copy()
+    near[:, 1:] |= wide[:, :-1]  # and the rows above and below
+    near[:, :-1] |= wide[:, 1:]
+    return (shape & near).any(1)
 
 
 def make_scenes(n, seed):
@@ -204,10 +209,10 @@ def make_scenes(n, seed):
     kinds = rng.integers(0, len(KINDS), (n, MAX_SHAPES))
     kinds[np.arange(MAX_SHAPES) >= count[:, None]] = -1
     params = np.zeros((n, MAX_SHAPES, 6), dtype=np.int64)
-    pictures = np.zeros((n, SIZE, SIZE), dtype=bool)
+    pictures = np.zeros((n, SIZE), dtype=np.uint32)
     todo = np.arange(n)
     while len(todo):
-        pictures[todo] = False
+        pictures[todo] = 0
         stuck = []
         for slot in range(MAX_SHAPES):
             for k, kind in enumerate(KINDS):
@@ -216,16 +221,17 @@ def make_scenes(n, seed):
                     if len(left) == 0:
                         break
                     shapes = random_shapes(kind, len(left), rng)
-                    masks = DRAW[kind](*shapes.T)  # (m, 32, 32)
-                    bad = touches(masks, pictures[left])
-                    pictures[left[~bad]] |= masks[~bad]
+                    drawn = pack(DRAW[kind](*shapes.T))  # (m, 32)
+                    bad = touches(drawn, pictures[left])
+                    pictures[left[~bad]] |= drawn[~bad]
                     params[left[~bad], slot, : shapes.shape[1]] = shapes[~bad]
                     left = left[bad]
                 stuck.append(left)
         # No room was left for some shape: those pictures begin again. Their number and
         # kinds of shapes stay as drawn, else small shapes and small numbers would win.
         todo = np.unique(np.concatenate(stuck))
-    return pictures.astype(np.uint8), kinds, params
+    rows = pictures.astype("<u4").view(np.uint8).reshape(n, SIZE, SIZE // 8)
+    return np.unpackbits(rows, axis=2, bitorder="little"), kinds, params
 
 
 def make_dataset(n, seed):

@@ -213,7 +213,7 @@ def defect(kind, rng):
                 for _ in range(100):
                     name = shapes.KINDS[rng.integers(4)]
                     mask = shapes.DRAW[name](*shapes.random_shapes(name, 1, rng).T)
-                    if not shapes.touches(mask, picture)[0]:
+                    if not shapes.touches(shapes.pack(mask), shapes.pack(picture))[0]:
                         picture |= mask
                         break
             if len(blobs(picture[0])) >= 4:

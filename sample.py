@@ -25,7 +25,7 @@ from shapes import fail, number
 from train import load_checkpoint, pick_device
 
 STRIP = (1000, 900, 800, 700, 600, 500, 400, 300, 200, 100, 50, 0)  # the t of --process
-GIF_FRAMES = 80
+GIF_FRAMES = 50
 
 
 def parser():
@@ -110,7 +110,7 @@ def show_process(walk, path):
     writer = PillowWriter(fps=12)
     every = max(1, len(walk) // GIF_FRAMES)
     shown = walk[:-1:every] + walk[-1:] * 15  # the end stands still for a moment
-    with writer.saving(figure, path.with_suffix(".gif"), dpi=80):
+    with writer.saving(figure, path.with_suffix(".gif"), dpi=60):
         for t, x_t, x_0 in shown:
             for axes, pictures, name in (
                 (top, x_t, f"$x_t$, t = {t}"),

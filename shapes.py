@@ -303,8 +303,8 @@ def save_labelled_grid(path, n, seed):
 # exact for three kinds out of four: the moves are for lines and for blemished pictures.
 
 # A picture is called clean when at most this many of its 1024 pixels differ from the nearest
-# legal one: one slip per shape and one to spare. A shape of the wrong kind costs more.
-TOLERANCE = 4
+# legal one: one slip for each of three shapes. A shape of the wrong kind differs by more.
+TOLERANCE = 3
 
 
 def find_blobs(pictures):
@@ -552,7 +552,9 @@ def save_explained(path, x):
                     fine, [0.5], colors=COLOURS[KINDS[k]], extent=corner, linewidths=1.2
                 )
         if not clean[i]:
-            axes.set_title(f"malformed: {differ[i]} px", fontsize=8, color="red")
+            found = (kinds[i] >= 0).any()
+            words = f"malformed: {differ[i]} px" if found else "malformed: no shape"
+            axes.set_title(words, fontsize=8, color="red")
             for spine in axes.spines.values():
                 spine.set(color="red", linewidth=2)
     handles = [Line2D([], [], color=c, label=k) for k, c in COLOURS.items()]

@@ -218,7 +218,6 @@ def save_curve(path, history):
         epochs, [row["val_loss"] for row in history], label="validation (EMA weights)"
     )
     axes.set(xlabel="epoch", ylabel="loss (Eq. 14)", yscale="log")
-    axes.legend(loc="upper left")
     clean = [(row["epoch"], row["clean"]) for row in history if "clean" in row]
     if clean:
         right = axes.twinx()
@@ -226,7 +225,7 @@ def save_curve(path, history):
             *zip(*clean), "o-", color="tab:green", label="share of clean samples"
         )
         right.set(ylabel="share of clean samples", ylim=(0, 1))
-        right.legend(loc="upper right")
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=120)
 
 

@@ -987,32 +987,23 @@ def test_training_leaves_what_it_promises(trained):
     assert len(events.Images("samples")) == 1
 
 
-def test_sampling_from_the_command_line(trained):
+def test_sampling_from_the_command_line(trained, monkeypatch, capsys):
     """Catches: a seed that is not used, missing files, raw weights in place of the EMA."""
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        script(
-            "sample.py",
-            "--n",
-            3,
-            "--steps",
-            3,
-            "--seed",
-            seed,
-            "--output",
-            f"{name}.png",
-            cwd=trained,
+
+    def run(*flags):
+        monkeypatch.setattr(
+            sys, "argv", ["sample.py", "--device", "cpu", *map(str, flags)]
         )
+        sample.main()
+
+    monkeypatch.chdir(trained)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run("--n", 3, "--steps", 3, "--seed", seed, "--output", f"{name}.png")
     a, b, c = ((trained / f"{name}.png").read_bytes() for name in "abc")
     assert a == b != c
-    out = script(
-        "sample.py", "--show-process", "--n", 2, "--steps", 5, cwd=trained
-    ).stdout
-    assert "pictures per second" in out
-    assert (trained / "process.png").read_bytes()[:4] == b"\x89PNG"
-    assert (trained / "process.gif").read_bytes()[:4] == b"GIF8"
-    out = script(
-        "sample.py", "--score", "--explain", "--n", 8, "--steps", 2, cwd=trained
-    ).stdout
+    capsys.readouterr()
+    run("--score", "--explain", "--n", 8, "--steps", 2)
+    out = capsys.readouterr().out
     for row in (
         "these samples",
         "held-out real pictures",
@@ -1023,6 +1014,13 @@ def test_sampling_from_the_command_line(trained):
     assert (trained / "explained.png").exists()
     state, model = train.load_checkpoint(trained / "checkpoints/best.pt")
     assert same(dict(model.state_dict()), state["ema"])
+    # And once as a process of its own.
+    out = script(
+        "sample.py", "--show-process", "--n", 2, "--steps", 5, cwd=trained
+    ).stdout
+    assert "pictures per second" in out
+    assert (trained / "process.png").read_bytes()[:4] == b"\x89PNG"
+    assert (trained / "process.gif").read_bytes()[:4] == b"GIF8"
 
 
 def test_the_other_scripts_run(trained):

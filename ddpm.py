@@ -3,15 +3,15 @@
 THE IDEA. Take a picture and add a little Gaussian noise; repeat a thousand times, until
 nothing of the picture is left. That direction is easy. Now learn the way back: given a
 noisy picture, guess all the noise that is in it, but take only a little of it away, and
-guess again. A thousand such steps lead from pure noise to a picture that nobody has drawn.
+guess again. A thousand such steps lead from pure noise to a picture nobody has drawn.
 
-    x_0  ->  x_1  ->  x_2  ->  ...  ->  x_T         forward process q: fixed, adds noise
-    x_0  <-  x_1  <-  x_2  <-  ...  <-  x_T         reverse process p: learned, removes it
+    x_0  ->  x_1  ->  x_2  ->  ...  ->  x_T      forward process q: fixed, adds noise
+    x_0  <-  x_1  <-  x_2  <-  ...  <-  x_T      reverse process p: learned, removes it
 
-The paper is Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", 2020
-(arXiv 2006.11239). "Eq. 4" or "Algorithm 2" without a name is theirs, "Ho, Section 4" is
-a section of theirs, and so are the letters. Shapes of tensors stand at the end of lines: B pictures in a batch, C channels,
-H x W pixels, N = H * W.
+The paper is Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", 2020 (arXiv
+2006.11239). "Eq. 4" or "Algorithm 2" without a name is theirs, "Ho, Section 4" is a
+section of theirs, and so are the letters. Tensors have their shapes at the end of the
+line: B pictures in a batch, C channels, H x W pixels, N = H * W of them.
 
     python ddpm.py        prints the network as a table and saves forward.png
 """
@@ -19,35 +19,38 @@ H x W pixels, N = H * W.
 import copy
 import math
 import sys
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 1. The schedule: how much noise, when
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Step t mixes the picture with fresh noise of variance beta_t (Eq. 2):
 #
 #     q(x_t | x_{t-1}) = N(x_t; sqrt(1 - beta_t) x_{t-1}, beta_t I)
 #
-# The factor sqrt(1 - beta_t) shrinks the picture by just so much that a variance of 1 stays
-# 1; without it the numbers would grow with every step. The betas are chosen by hand, not
-# learned (Ho, Section 4): small at first, when a little noise already hides detail, larger
-# towards the end. Why a thousand small steps and not ten large ones? The true way back is a
-# mixture over all the pictures that could have led here. Over a short step all of them agree
-# on where to go but for a little noise: one Gaussian, of which only the mean must be learned.
+# The factor sqrt(1 - beta_t) shrinks the picture by just so much that a variance of 1
+# stays 1; without it the numbers would grow with every step. The betas are chosen by
+# hand, not learned (Ho, Section 4): small at first, when a little noise already hides
+# detail, larger towards the end.
+#
+# Why a thousand small steps and not ten large ones? The true way back is a mixture over
+# all the pictures that could have led here. Over a short step all of them agree on where
+# to go, but for a little noise: one Gaussian, of which only the mean must be learned.
 
 T = 1000
 
 
 class Schedule:
-    """beta, alpha = 1 - beta and alpha_bar, the product of all alphas up to t (Ho, Section 2).
+    """beta, alpha = 1 - beta and alpha_bar, the product of all alphas up to t.
 
-    All are float32 (T + 1,), one_minus_alpha_bar too, and are indexed by the paper's own t: beta[1] is the
-    first step, beta[T] the last. Index 0 stands for the clean picture: alpha_bar[0] = 1.
-
-    A plain object and no nn.Module: nothing here is learned, saved or averaged.
+    All three, and one_minus_alpha_bar, are float32 (T + 1,) and are indexed by the
+    paper's own t (Ho, Section 2): beta[1] is the first step, beta[T] the last. Index 0
+    is the clean picture: alpha_bar[0] = 1. A plain object and no nn.Module, since nothing
+    in it is learned, saved or averaged.
     """
 
     def __init__(self, device="cpu"):
@@ -63,6 +66,14 @@ class Schedule:
         # 1 - alpha_bar[1] is 1e-4: taken in float32 it would keep only 3 good digits.
         self.one_minus_alpha_bar = (1 - alpha_bar).float().to(device)
 
+    def signal_and_noise(self, t):
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), to multiply pictures with.
+
+        t: int64 (B,), each in 0..T. Returns two float32 (B, 1, 1, 1).
+        """
+        signal, noise = self.alpha_bar[t].sqrt(), self.one_minus_alpha_bar[t].sqrt()
+        return signal.view(-1, 1, 1, 1), noise.view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+
     def snr(self):
         """Signal-to-noise ratio alpha_bar / (1 - alpha_bar) for t = 1..T: float32 (T,).
 
@@ -71,9 +82,9 @@ class Schedule:
         return self.alpha_bar[1:] / self.one_minus_alpha_bar[1:]  # (T,)
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 2. The forward process: from a picture to noise, in one step
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Nobody has to walk all t steps. A sum of independent Gaussians is a Gaussian, so two
 # steps make one, with z and z' standard normal:
 #
@@ -91,75 +102,74 @@ def q_sample(schedule, x_0, t, eps):
     x_0: float (B, 1, H, W) in [-1, 1]. t: int64 (B,), each in 0..T. eps: standard normal
     noise, shaped like x_0. Returns x_t: float (B, 1, H, W).
     """
-    signal = schedule.alpha_bar[t].sqrt().view(-1, 1, 1, 1)  # (B, 1, 1, 1)
-    noise = schedule.one_minus_alpha_bar[t].sqrt().view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+    signal, noise = schedule.signal_and_noise(t)
     return signal * x_0 + noise * eps
 
 
 # alpha_bar_T must be close to 0, and is: sqrt(alpha_bar_T) = 0.0064. Sampling starts from
-# pure noise; a network trained to the end on pictures with a trace of signal left would look
-# for that trace and find it in noise where there is none.
+# pure noise; a network trained to the end on pictures with a trace of signal left would
+# look for that trace and find it in noise where there is none.
 #
-# What is there to learn? Once x_t is given, Eq. 4 has two unknowns, x_0 and eps, and either
-# gives the other. Which one to ask for decides how much each t counts: an error in eps is
-# one in x_0 times sqrt(SNR). Ho et al. tried both and got better pictures from eps, and
-# eps is what Algorithm 2 takes away (Ho, Section 3.2).
+# What is there to learn? Once x_t is given, Eq. 4 has two unknowns, x_0 and eps, and
+# either gives the other. Which one the loss looks at decides how much each t counts: an
+# error in eps is one in x_0 times sqrt(SNR). Ho et al. tried both and got better pictures
+# from eps, and eps is what Algorithm 2 takes away (Ho, Section 3.2).
 
 
 def predict_x_0(schedule, x_t, t, eps):
     """Eq. 4 solved for x_0: which picture is under this noise? Shapes as in q_sample."""
-    signal = schedule.alpha_bar[t].sqrt().view(-1, 1, 1, 1)  # (B, 1, 1, 1)
-    noise = schedule.one_minus_alpha_bar[t].sqrt().view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+    signal, noise = schedule.signal_and_noise(t)
     return (x_t - noise * eps) / signal
 
 
-# This jumps straight to a picture. Why then walk back in steps? At large t very many pictures
-# fit x_t, and the best guess is their average: grey fog. A small step commits to little of
-# it, and the next guess, with less noise in the way, is a little less foggy.
+# This jumps straight to a picture. Why then walk back in steps? At large t very many
+# pictures fit x_t, and the best guess is their average: grey fog. A small step commits to
+# little of it, and the next guess, with less noise in the way, is a little less foggy.
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 3. Telling the network the time
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # The same network serves all t, and must know which: a pale speck is ordinary noise at
-# t = 900 and part of the picture at t = 5. A bare number t would be a poor way to say it: a
-# layer could only scale it, 1000 would drown 1, and a difference between t = 5 and t = 10
-# would be hard to express. So t is read off hands of many speeds, as on a clock: the fast
-# ones tell t from t + 1, the slow ones early from late (Vaswani et al. 2017, Section 3.5).
+# t = 900 and part of the picture at t = 5. A bare number t would be a poor way to say it:
+# a layer could only scale it, 1000 would drown 1, and a difference between t = 5 and
+# t = 10 would be hard to express. So t is read off hands of many speeds, as on a clock:
+# the fast ones tell t from t + 1, the slow ones early from late (Vaswani et al. 2017,
+# Section 3.5).
 
 
 def time_embedding(t, dim):
     """Sinusoids of t. t: int64 (B,); dim: even. Returns float32 (B, dim) in [-1, 1]."""
     # Angular speeds from 1 per step down to almost 1/10000, evenly in the exponent.
-    speed = torch.exp(
-        -math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2)
-    )  # (dim / 2,)
+    speed = torch.arange(dim // 2, device=t.device) / (dim // 2)  # (dim / 2,)
+    speed = torch.exp(-math.log(10_000) * speed)
     angle = t[:, None].float() * speed  # (B, dim / 2)
     return torch.cat([angle.sin(), angle.cos()], dim=1)  # (B, dim)
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 4. Attention: every pixel may look at every other
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # A 3x3 convolution sees its neighbours. Whether this edge belongs to the triangle over
 # there is decided by pixels far away, and attention reaches them in one layer: each pixel
-# sends a query, all pixels offer a key and a value, vectors of d numbers, and a pixel takes
-# the average of the values, weighted by how well their keys answer its query:
+# sends a query, all pixels offer a key and a value, vectors of d numbers, and a pixel
+# takes the average of the values, weighted by how well their keys answer its query:
 #
-#     softmax(q k^T / sqrt(d)) v                                    (Vaswani et al., Eq. 1)
+#     softmax(q k^T / sqrt(d)) v                              (Vaswani et al., Eq. 1)
 #
-# Its price is N queries times N keys. At 4x4 that is 256 pairs, at 32x32 over a million. So
-# every pixel keeps its query, but keys and values are averaged down to an 8x8 grid, M = 64 of
-# them at most: each pixel still sees the whole picture, only a little less sharply. Nobody
-# says where a pixel is; that leaks in from the zeros with which convolutions pad the frame.
+# Its price is N queries times N keys. At 4x4 that is 256 pairs, at 32x32 over a million.
+# So every pixel keeps its query, but keys and values are averaged down to an 8x8 grid,
+# M = 64 of them at most: each pixel still sees the whole picture, only a little less
+# sharply. Nobody says where a pixel is; that leaks in from the zeros with which
+# convolutions pad the frame.
 
 KEYS = 8
 
 
 class Conv1x1(nn.Linear):
-    """The same matrix for the channels of each pixel: (B, C_in, H, W) -> (B, C_out, H, W).
+    """The same matrix for every pixel: (B, C_in, H, W) -> (B, C_out, H, W).
 
-    That is all a 1x1 convolution is. With the channels last in memory (see UNet) it is one
-    matrix product, and on a CPU several times as fast as nn.Conv2d(c_in, c_out, 1).
+    That is all a 1x1 convolution is. With the channels last in memory (see UNet) it is
+    one matrix product, and on a CPU faster than nn.Conv2d(c_in, c_out, 1).
     """
 
     def forward(self, x):
@@ -167,11 +177,17 @@ class Conv1x1(nn.Linear):
         return x.permute(0, 3, 1, 2)  # (B, C_out, H, W)
 
 
+def norm(channels):
+    """GroupNorm: mean 0 and variance 1 in each picture, for 8 channels at a time."""
+    return nn.GroupNorm(channels // 8, channels)
+
+
 def zero(layer):
     """Sets a layer to 0, for the last layer of a branch that is added to its input.
 
-    Such a block begins as (nearly) the identity: x + 0. The deep network starts as a shallow
-    one, through which gradients pass unchanged, and each block joins in as it learns.
+    Such a block begins as (nearly) the identity: x + 0. The deep network starts as a
+    shallow one, through which gradients pass unchanged, and each block joins in as it
+    learns.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -179,15 +195,18 @@ def zero(layer):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all pixels: (B, C, H, W) -> (B, C, H, W)."""
+    """Multi-head self-attention over all pixels: (B, C, H, W) -> (B, C, H, W).
 
-    def __init__(self, channels):
+    width: of queries, keys and values, all heads together.
+    """
+
+    def __init__(self, channels, width):
         super().__init__()
-        self.heads = max(1, channels // 32)
-        self.norm = nn.GroupNorm(8, channels)
-        self.query = nn.Linear(channels, channels)
-        self.key_value = nn.Linear(channels, 2 * channels)
-        self.out = zero(nn.Linear(channels, channels))
+        self.heads = max(1, width // 32)
+        self.norm = norm(channels)
+        self.query = nn.Linear(channels, width)
+        self.key_value = nn.Linear(channels, 2 * width)
+        self.out = zero(nn.Linear(width, channels))
 
     def forward(self, x):
         H, W = x.shape[2:]
@@ -195,28 +214,30 @@ class Attention(nn.Module):
         pooled = F.avg_pool2d(y, H // KEYS) if H > KEYS else y  # (B, C, <=8, <=8)
         y = y.flatten(2).transpose(1, 2)  # (B, N, C), a pixel is now a token
         pooled = pooled.flatten(2).transpose(1, 2)  # (B, M, C)
-        q = (
-            self.query(y).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        )  # (B, heads, N, d)
-        k, v = (
-            z.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, M, d)
-            for z in self.key_value(pooled).chunk(2, dim=2)  # 2 times (B, M, C)
-        )
-        y = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, d)
+        q = self.split(self.query(y))  # (B, heads, N, d)
+        k, v = self.key_value(pooled).chunk(2, dim=2)  # 2 times (B, M, width)
+        k, v = self.split(k), self.split(v)  # 2 times (B, heads, M, d)
+        # Never in bfloat16: on a CPU that makes the backward pass several times slower.
+        with torch.autocast(x.device.type, enabled=False):
+            y = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, d)
         y = self.out(y.transpose(1, 2).flatten(2))  # (B, N, C)
         return x + y.transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W)
 
+    def split(self, y):
+        """(B, N, width) -> (B, heads, N, d), as float32."""
+        return y.float().unflatten(2, (self.heads, -1)).transpose(1, 2)
 
-# ---------------------------------------------------------------------------------------
+
+# --------------------------------------------------------------------------------------
 # 5. The residual block: where the work is done
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Twice norm, SiLU, 3x3 convolution, added to the input: a block only has to learn what to
-# change, and through the sum gradients reach the first layers however deep the network. The
-# time comes in between: one number per channel, added to every pixel. Every block is told,
-# since every block has to behave differently at different t, and what is said once at the
-# door is forgotten inside. GroupNorm and not BatchNorm: a training batch mixes all t, in
-# sampling all pictures have the same t, and statistics of the one do not fit the other;
-# GroupNorm looks at one picture only.
+# change, and through the sum gradients reach the first layers however deep the network.
+# The time comes in between: one number per channel, added to every pixel. Every block is
+# told, since every block has to behave differently at different t, and what is said once
+# at the door is forgotten inside. GroupNorm and not BatchNorm: a training batch mixes all
+# t, in sampling all pictures have the same t, and statistics of the one do not fit the
+# other; GroupNorm looks at one picture only.
 
 
 class ResBlock(nn.Module):
@@ -225,10 +246,10 @@ class ResBlock(nn.Module):
     def __init__(self, c_in, c_out, time_dim, c_mid=None):
         super().__init__()
         c_mid = c_mid or c_out
-        self.norm1 = nn.GroupNorm(8, c_in)
+        self.norm1 = norm(c_in)
         self.conv1 = nn.Conv2d(c_in, c_mid, 3, padding=1)
         self.time = nn.Linear(time_dim, c_mid)
-        self.norm2 = nn.GroupNorm(8, c_mid)
+        self.norm2 = norm(c_mid)
         self.conv2 = zero(nn.Conv2d(c_mid, c_out, 3, padding=1))
         self.skip = Conv1x1(c_in, c_out) if c_in != c_out else nn.Identity()
 
@@ -239,62 +260,52 @@ class ResBlock(nn.Module):
         return self.skip(x) + h
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 6. The U-Net
-# ---------------------------------------------------------------------------------------
-# Down: 32 -> 16 -> 8 -> 4 pixels wide, with more and more channels; at the bottom 16 places
-# of 512 numbers say what the picture is about. Up again: 4 -> 8 -> 16 -> 32. On the way up
-# each level also gets what the same level knew on the way down. The bottom knows *that* there
-# is a circle (the pictures are of circles, rectangles, triangles and lines, see shapes.py),
-# the skip *where* its edge runs. They are put side by side and not added: the next layer can
-# then learn how much of each to take.
+# --------------------------------------------------------------------------------------
+# Down: 32 -> 16 -> 8 -> 4 pixels wide, with more and more channels; at the bottom 16
+# places of 512 numbers say what the picture is about. Up again: 4 -> 8 -> 16 -> 32. On
+# the way up each level also gets what the same level knew on the way down. The bottom
+# knows *that* there is a circle (the pictures are of circles, rectangles, triangles and
+# lines, see shapes.py), the skip *where* its edge runs. They are put side by side and not
+# added: the next layer can then learn how much of each to take.
 #
 #     32x32  stem -- down ------------------------------- up -- out
 #     16x16            down ----------------------- up
 #      8x8               down --------------- up
 #      4x4                  middle (512)
-
-
-class Level(nn.Module):
-    """One residual block, one attention."""
-
-    def __init__(self, c_in, c_out, time_dim, c_mid=None):
-        super().__init__()
-        self.block = ResBlock(c_in, c_out, time_dim, c_mid)
-        self.attention = Attention(c_out)
-
-    def forward(self, x, time):
-        return self.attention(self.block(x, time))  # (B, c_out, H, W)
+#
+# Attention stands once at each resolution, in the middle and on the way up, where a level
+# has both its own detail and the view from below.
 
 
 class UpLevel(nn.Module):
-    """Doubles the resolution, joins the skip, then works as a Level does."""
+    """Doubles the resolution, joins the skip; then a residual block and attention."""
 
     def __init__(self, c_below, c_out, time_dim):
         super().__init__()
         self.shrink = Conv1x1(c_below, c_out)
         self.join = Conv1x1(2 * c_out, c_out)
-        self.level = Level(c_out, c_out, time_dim)
+        self.block = ResBlock(c_out, c_out, time_dim)
+        self.attention = Attention(c_out, c_out)
 
     def forward(self, x, skip, time):
-        x = self.shrink(
-            x
-        )  # (B, c_out, H/2, W/2), before doubling: a quarter of the work
+        # Fewer channels first, then more pixels: a quarter of the work.
+        x = self.shrink(x)  # (B, c_out, H/2, W/2)
         x = F.interpolate(x, scale_factor=2)  # (B, c_out, H, W), each pixel four times
-        x = self.join(
-            torch.cat([x, skip], dim=1)
-        )  # (B, 2 c_out, H, W) -> (B, c_out, H, W)
-        return self.level(x, time)
+        x = torch.cat([x, skip], dim=1)  # (B, 2 c_out, H, W)
+        x = self.join(x)  # (B, c_out, H, W)
+        return self.attention(self.block(x, time))
 
 
 class UNet(nn.Module):
     """The network inside eps_theta(x_t, t); what it returns is said in the next section.
 
     channels: at 32x32, 16x16 and 8x8. bottleneck: at 4x4. narrow: see below. time_dim: of
-    the time vector, even. Channels are multiples of 16, above 32 of 32.
+    the time vector, even. Channels are multiples of 8, above 32 of 16.
     """
 
-    def __init__(self, channels=(16, 32, 64), bottleneck=512, narrow=128, time_dim=128):
+    def __init__(self, channels=(16, 48, 96), bottleneck=512, narrow=128, time_dim=128):
         super().__init__()
         self.config = dict(
             channels=tuple(channels),
@@ -302,93 +313,102 @@ class UNet(nn.Module):
             narrow=narrow,
             time_dim=time_dim,
         )
-        self.time = nn.Sequential(
-            nn.Linear(time_dim, time_dim),
-            nn.SiLU(),
-            nn.Linear(time_dim, time_dim),
-            nn.SiLU(),
-        )
         c1, c2, c3 = channels
+        time = [nn.Linear(time_dim, time_dim), nn.SiLU()]
+        self.time = nn.Sequential(*time, nn.Linear(time_dim, time_dim), nn.SiLU())
         self.stem = nn.Conv2d(1, c1, 3, padding=1)
-        self.down = nn.ModuleList(
-            [Level(c1, c1, time_dim), Level(c1, c2, time_dim), Level(c2, c3, time_dim)]
-        )
-        # One 3x3 convolution from 512 to 512 channels has 2.4 million weights. So the blocks at
-        # 4x4 are wide outside and narrow inside, 512 -> 128 -> 512, and the second of them has
-        # 1.2 million for both its convolutions.
-        self.middle = nn.ModuleList(
-            [
-                Level(c3, bottleneck, time_dim, c_mid=narrow),
-                ResBlock(bottleneck, bottleneck, time_dim, c_mid=narrow),
-            ]
-        )
-        self.up = nn.ModuleList(
-            [
-                UpLevel(bottleneck, c3, time_dim),
-                UpLevel(c3, c2, time_dim),
-                UpLevel(c2, c1, time_dim),
-            ]
-        )
-        self.norm = nn.GroupNorm(8, c1)
+        pairs = [(c1, c1), (c1, c2), (c2, c3)]
+        self.down = nn.ModuleList([ResBlock(a, b, time_dim) for a, b in pairs])
+        # One 3x3 convolution from 512 to 512 channels has 2.4 million weights. So what
+        # stands at 4x4 is wide outside and narrow inside, 512 -> 128 -> 512: the second
+        # block has 1.2 million for both its convolutions.
+        self.middle1 = ResBlock(c3, bottleneck, time_dim, c_mid=narrow)
+        self.middle2 = Attention(bottleneck, narrow)
+        self.middle3 = ResBlock(bottleneck, bottleneck, time_dim, c_mid=narrow)
+        pairs = [(bottleneck, c3), (c3, c2), (c2, c1)]
+        self.up = nn.ModuleList([UpLevel(a, b, time_dim) for a, b in pairs])
+        self.norm = norm(c1)
         self.out = zero(nn.Conv2d(c1, 1, 3, padding=1))
-        # Channels last: the numbers of one pixel lie side by side in memory. A reader sees
-        # no difference, the convolutions do.
+        # Channels last: the numbers of one pixel lie side by side in memory. A reader
+        # sees no difference, the convolutions do.
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, t):
-        """x: float (B, 1, 32, 32). t: int64 (B,) in 1..T. Returns float (B, 1, 32, 32)."""
+        """x: float (B, 1, 32, 32). t: int64 (B,) in 1..T. Returns (B, 1, 32, 32)."""
         time = self.time(time_embedding(t, self.config["time_dim"]))  # (B, time_dim)
-        x = self.stem(
-            x.contiguous(memory_format=torch.channels_last)
-        )  # (B, c1, 32, 32)
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.stem(x)  # (B, c1, 32, 32)
         skips = []
-        for level in self.down:
-            x = level(x, time)  # (B, c, H, W)
+        for block in self.down:
+            x = block(x, time)  # (B, c, H, W)
             skips.append(x)
             x = F.avg_pool2d(x, 2)  # (B, c, H/2, W/2)
-        for block in self.middle:
-            x = block(x, time)  # (B, bottleneck, 4, 4)
+        x = self.middle1(x, time)  # (B, bottleneck, 4, 4)
+        x = self.middle3(self.middle2(x), time)
         for level in self.up:
             x = level(x, skips.pop(), time)  # (B, c, 2H, 2W)
         return self.out(F.silu(self.norm(x)))  # (B, 1, 32, 32)
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 7. The guess and the loss
-# ---------------------------------------------------------------------------------------
-# Close to t = T nearly all of x_t is noise, so eps is nearly x_t, and the picture hides in a
-# tiny difference: x_0 = (x_t - ...) / 0.0064 would magnify an error of the network 157 times.
-# So the copy of x_t is given for free, and the network is asked for what is missing:
+# --------------------------------------------------------------------------------------
+# The network could return eps itself, as in the paper. But close to t = 0 eps is a tiny
+# difference, (x_t - 0.99995 x_0) / 0.01 at t = 1, and close to t = T the picture is one:
+# x_0 = (x_t - eps) / 0.0064 magnifies an error of the network 157 times. What can be
+# computed should not have to be learned, and here much can. Pixels are -1 or +1. Were
+# each a coin toss of its own, Bayes' rule on Eq. 4 would give the odds that one is +1,
 #
-#     eps = sqrt(1 - alpha_bar_t) x_t + sqrt(alpha_bar_t) v
+#     exp(-(x_t - signal)^2 / 2 noise^2) / exp(-(x_t + signal)^2 / 2 noise^2)
+#         = exp(2 signal x_t / noise^2)
 #
-# With Eq. 4 for x_t, v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0: the noise where
-# the picture is plain to see, (minus) the picture where all is noise, always what x_t does
-# not show already (Salimans & Ho 2022, arXiv 2202.00512). Now x_0 = sqrt(alpha_bar_t) x_t -
-# sqrt(1 - alpha_bar_t) v, and an error of the network is never magnified. What it learns from
-# is still the error of eps.
+# with signal = sqrt(alpha_bar_t) and noise = sqrt(1 - alpha_bar_t), and for a +-1 whose
+# odds are exp(2a) the mean is tanh(a). So one pixel alone says x_0 = tanh(signal x_t /
+# noise^2). What all the others say about this one changes its odds by a factor, and that
+# is a sum inside the tanh. That sum is what the network returns: not what the pixel shows
+# already, only what the rest of the picture adds. From x_0 follows eps, by Eq. 4 again.
+#
+# For pictures in grey this does not hold. There ask for v = signal eps - noise x_0, which
+# magnifies no error either: x_0 = signal x_t - noise v (Salimans & Ho 2022, arXiv
+# 2202.00512).
+
+
+@cache
+def fast_bfloat16(device):
+    """Whether this kind of device ("cpu", "cuda", "mps") computes in bfloat16 natively.
+
+    It has the range of float32 and 8 bits of precision. A processor that only imitates it
+    would be slower, not faster.
+    """
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def eps_theta(model, schedule, x_t, t):
-    """The noise that the network finds in x_t. Shapes as in q_sample."""
-    signal = schedule.alpha_bar[t].sqrt().view(-1, 1, 1, 1)  # (B, 1, 1, 1)
-    noise = schedule.one_minus_alpha_bar[t].sqrt().view(-1, 1, 1, 1)  # (B, 1, 1, 1)
-    return noise * x_t + signal * model(x_t, t)
+    """The noise that the network finds in x_t. Shapes as in q_sample, t in 1..T."""
+    device = x_t.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=fast_bfloat16(device)):
+        others = model(x_t, t)  # (B, 1, H, W)
+    signal, noise = schedule.signal_and_noise(t)
+    x_0 = torch.tanh(signal * x_t / noise**2 + others.float())
+    return (x_t - signal * x_0) / noise
 
 
-# Which loss? A step back is p(x_{t-1} | x_t) = N(mu_theta(x_t, t), sigma_t^2 I) (Eq. 1, and
-# Ho, Section 3.2): the network gives its mean. Maximum likelihood wants -log p(x_0) small.
-# That cannot be computed, but has a bound (Eq. 3 and 5), in essence a sum over t of how far
-# this Gaussian is from the true step back for a known x_0. With sigma_t fixed the distance
-# is the squared difference of the means over 2 sigma_t^2 (Eq. 8), and as section 8 shows
-# each mean is x_t less a multiple of its eps. So it becomes (Eq. 12)
+# Which loss? A step back is p(x_{t-1} | x_t) = N(mu_theta(x_t, t), sigma_t^2 I) (Eq. 1,
+# and Ho, Section 3.2): the network gives its mean. Maximum likelihood wants -log p(x_0)
+# small. That cannot be computed, but has a bound (Eq. 3 and 5), in essence a sum over t
+# of how far this Gaussian is from the true step back for a known x_0. With sigma_t fixed
+# the distance is the squared difference of the means over 2 sigma_t^2 (Eq. 8), and as
+# section 8 shows each mean is x_t less a multiple of its eps. So it becomes (Eq. 12)
 #
 #     beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) * || eps - eps_theta(x_t, t) ||^2
 #
-# The paper drops the factor in front and keeps the square (Eq. 14). With sigma_t^2 = beta_t
-# the factor is 0.5 at t = 1 but 0.005 at t = 349: it asks most where only a trace of noise is
-# to be found. Without it the network spends its effort on larger t, where the shapes are
-# decided, and samples get better.
+# The paper drops the factor in front and keeps the square (Eq. 14). With sigma_t^2 =
+# beta_t the factor is 0.5 at t = 1 but 0.005 at t = 349: it asks most where only a trace
+# of noise is to be found. Without it the network spends its effort on larger t, where the
+# shapes are decided, and samples get better.
 
 
 def loss_fn(model, schedule, x_0, t, eps):
@@ -565,7 +585,7 @@ def stages(model):
         ("down", "32x32", c1, count(down[0])),
         ("down", "16x16", c2, count(down[1])),
         ("down", "8x8", c3, count(down[2])),
-        ("middle", "4x4", c4, count(model.middle)),
+        ("middle", "4x4", c4, count(model.middle1, model.middle2, model.middle3)),
         ("up", "8x8", c3, count(up[0])),
         ("up", "16x16", c2, count(up[1])),
         ("up", "32x32", c1, count(up[2])),

@@ -24,9 +24,11 @@ import ddpm
 import shapes
 from shapes import fail, number
 
-FORMAT = 1  # of a checkpoint; raise it when old ones can no longer be read
+FORMAT = 2  # of a checkpoint; raise it when old ones can no longer be read
 RUN = ("epochs", "samples", "batch_size", "lr", "seed")  # the flags that define a run
 WARMUP = 100  # steps in which the learning rate rises: Adam's averages are empty
+CONSTANT = 1000  # steps after which it falls, as 1 / sqrt(step)
+INPUTS = 512  # the layer for which --lr is meant, see parameter_groups
 SAMPLE_EVERY = 5  # epochs between two grids of samples
 HELD_OUT = 512  # pictures for the validation loss
 GRID, GRID_STEPS = 64, 50  # pictures and DDIM steps of a grid
@@ -232,12 +234,28 @@ def save_curve(path, history):
 # --- Training --------------------------------------------------------------------------
 
 
+def parameter_groups(model):
+    """The weights, in groups that share a learning rate: "scale" times --lr.
+
+    Adam moves each weight by about the learning rate, whatever its gradient. So a layer
+    with 512 inputs moves its output 32 times as far as one with 16, and one rate is too
+    high for the one or too low for the other. Divided by the number of inputs it suits
+    both (muP: Yang et al. 2022, arXiv 2203.03466).
+    """
+    groups = {}
+    for p in model.parameters():
+        inputs = p.shape[1] if p.ndim > 1 and p.shape[1] > 1 else 64
+        groups.setdefault(INPUTS / inputs, []).append(p)
+    return [{"params": ps, "scale": scale} for scale, ps in groups.items()]
+
+
 def new_run(args, device):
     """Model, EMA, optimizer and the generator of all training noise, before the first step."""
     torch.manual_seed(args.seed)
     model = ddpm.UNet().to(device)
+    groups = parameter_groups(model)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0, fused=True
+        groups, args.lr, betas=(0.9, 0.99), weight_decay=0, fused=True
     )
     generator = torch.Generator(device).manual_seed(args.seed)
     return model, ddpm.EMA(model), optimizer, generator
@@ -248,8 +266,9 @@ def train_step(model, ema, optimizer, schedule, x_0, generator, step, lr):
     B, device = len(x_0), x_0.device
     t = torch.randint(1, ddpm.T + 1, (B,), device=device, generator=generator)
     eps = torch.randn(x_0.shape, device=device, generator=generator)
+    shape = min(1, step / WARMUP, math.sqrt(CONSTANT / step))
     for group in optimizer.param_groups:
-        group["lr"] = lr * min(1, step / WARMUP)
+        group["lr"] = lr * shape * group["scale"]
     loss = ddpm.loss_fn(model, schedule, x_0, t, eps)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()

@@ -18,6 +18,7 @@ app = modal.App("toy-diffusion")
 volume = modal.Volume.from_name("diffusion-checkpoints", create_if_missing=True)
 image = (
     modal.Image.debian_slim(python_version="3.12")
+    .apt_install("gcc", "libc6-dev")  # for torch.compile
     .pip_install("torch", "numpy", "matplotlib", "tensorboard", "tqdm")
     .add_local_python_source("ddpm", "shapes", "train")
 )
@@ -49,8 +50,11 @@ def train_in_cloud(flags, resume, name, folder=FOLDER):
     ]
     args = train.parse(given)
     latest = Path(folder) / "latest.pt"
-    if latest.exists() and train.load_checkpoint(latest)[0]["name"] == name:
-        args.resume = True
+    try:
+        if train.load_checkpoint(latest, resume=True)[0]["name"] == name:
+            args.resume = True
+    except SystemExit:  # none, or one that this program cannot read: not of this run
+        pass
     commit = (lambda: None) if modal.is_local() else volume.commit
     train.train(args, name, after_epoch=commit)
 
@@ -66,12 +70,6 @@ def main(
     device: str = "auto",
 ):
     """Train a diffusion model on 32x32 pictures of shapes on an A100 at modal.com."""
-    flags = dict(
-        epochs=epochs,
-        samples=samples,
-        batch_size=batch_size,
-        lr=lr,
-        seed=seed,
-        device=device,
-    )
+    flags = {"epochs": epochs, "samples": samples, "batch_size": batch_size}
+    flags |= {"lr": lr, "seed": seed, "device": device}
     train_in_cloud.remote(flags, resume, time.strftime("%Y-%m-%d_%H-%M-%S"))

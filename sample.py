@@ -5,6 +5,7 @@ python sample.py --steps 50         the same in 50 DDIM steps instead of 1000
 python sample.py --process          noise becoming pictures: process.png, process.gif
 python sample.py --explain          which shapes the pictures hold: explained.png
 python sample.py --score --steps 50 how many of 500 pictures are clean, as a table
+python sample.py --curve            how many are clean after 5, 10, ... steps: steps.png
 """
 
 import argparse
@@ -22,10 +23,14 @@ from tqdm import tqdm
 import ddpm
 import shapes
 from shapes import fail, number
-from train import load_checkpoint, pick_device
+from train import export_weights, load_checkpoint, pick_device
+
+TRAINED = Path("checkpoints/best.pt")  # where train.py leaves its weights
+PRETRAINED = Path(__file__).parent / "assets/pretrained.pt"  # until there are some
 
 STRIP = (1000, 900, 800, 700, 600, 500, 400, 300, 200, 100, 50, 0)  # the t of --process
 GIF_FRAMES = 50
+CURVE = (5, 10, 20, 50, 100, 200)  # the numbers of steps of --curve
 
 
 def parser():
@@ -42,14 +47,14 @@ def parser():
 
     add(
         "--checkpoint",
-        default="checkpoints/best.pt",
         metavar="PATH",
-        help="the weights",
+        help="the weights; default: checkpoints/best.pt, or assets/pretrained.pt "
+        "as long as there is none",
     )
     add(
         "--output",
         metavar="PATH",
-        help="default: samples.png, process.png or explained.png",
+        help="default: samples.png, process.png, explained.png or steps.png",
     )
     add(
         "--process",
@@ -62,11 +67,22 @@ def parser():
         action="store_true",
         help="outline the shapes found in each picture",
     )
+    add(
+        "--curve",
+        action="store_true",
+        help="draw how many pictures are clean after few and after many steps",
+    )
+    add(
+        "--export",
+        metavar="PATH",
+        help="save the weights alone, in half precision, and draw nothing",
+    )
     add("--score", action="store_true", help="print how many pictures are clean")
     add(
         "--n",
         type=number(int, 1, 2000),
-        help="how many pictures; default: 16, with --process 4, with --score 500",
+        help="how many pictures; default: 16, with --process 4, with --score 500, "
+        "with --curve 200",
     )
     add(
         "--steps",
@@ -128,16 +144,17 @@ def show_process(walk, path):
             writer.grab_frame()
 
 
-def draw_pictures(model, schedule, n, steps, seed, every=False):
+def draw_pictures(model, schedule, n, steps, seed, every=False, eta=None):
     """Walks from noise to n pictures, with a progress bar.
 
-    Returns a list of (t, x_t, x_0) on the CPU: the whole walk if every, else just its end.
+    eta: as in ddpm.reverse_process. Returns a list of (t, x_t, x_0) on the CPU: the whole
+    walk if every, else just its end.
     """
     device = schedule.beta.device
     generator = torch.Generator().manual_seed(seed)
     x_T = torch.randn(n, 1, shapes.SIZE, shapes.SIZE, generator=generator).to(device)
     walk, start = [], time.perf_counter()
-    process = ddpm.reverse_process(model, schedule, x_T, steps, generator=generator)
+    process = ddpm.reverse_process(model, schedule, x_T, steps, eta, generator)
     for t, x_t, x_0 in tqdm(process, total=steps + 1, unit="step"):
         if not every:
             walk.clear()
@@ -168,12 +185,43 @@ def print_score(x, run, schedule, steps, seed):
     )
 
 
+def save_steps_curve(path, model, schedule, n, seed):
+    """Draws the share of clean pictures against the number of steps, from the same noise.
+
+    eta = 0 is DDIM; eta = 1 adds as much noise on the way as Algorithm 2 does.
+    """
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for eta in (0.0, 1.0):
+        shares = []
+        for steps in CURVE:
+            ((_, x, _),) = draw_pictures(model, schedule, n, steps, seed, eta=eta)
+            shares.append(shapes.score(x.clamp(-1, 1))["clean"])
+            print(f"{steps} steps, eta = {eta:g}: {shares[-1]:.1%} of {n} clean")
+        axes.plot(CURVE, shares, "o-", label=f"$\\eta$ = {eta:g}")
+    axes.set(xlabel="steps", ylabel="share of clean samples", xscale="log", ylim=(0, 1))
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def export(path, state):
+    """Saves the weights of a checkpoint alone, where there is no file yet."""
+    if path.suffix != ".pt":
+        fail(f"--export {path} should end in .pt")
+    if path.exists():
+        fail(f"--export {path} is there already; choose another name or move it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    export_weights(path, state)
+    print(f"saved {path}")
+
+
 def main():
     try:
         draw_and_save(parser().parse_args())
     except OSError as e:
         fail(
-            f"{e.strerror or e}: {e.filename or 'the picture'}; choose another --output"
+            f"{e.strerror or e}: {e.filename or 'the picture'}; "
+            "make room or choose another place"
         )
     except (MemoryError, RuntimeError) as e:
         if "memory" not in str(e) and not isinstance(e, MemoryError):
@@ -183,31 +231,45 @@ def main():
 
 def draw_and_save(args):
     """All that sample.py does, with the flags as parser returns them."""
-    name = (
-        "process.png"
-        if args.process
-        else "explained.png"
-        if args.explain
-        else "samples.png"
-    )
-    path = Path(args.output or name)
-    n = args.n or (500 if args.score else 4 if args.process else 16)
+    # What is drawn: the name of the file, how many pictures, and how many fit into one.
+    name, n, most = "samples.png", 16, 2000
+    chosen = [
+        ("process", ("process.png", 4, 32)),
+        ("explain", ("explained.png", 16, 64)),
+        ("curve", ("steps.png", 200, 2000)),
+    ]
+    chosen = [(flag, what) for flag, what in chosen if getattr(args, flag)]
+    if len(chosen) > 1:
+        fail(f"--{chosen[0][0]} and --{chosen[1][0]} are two pictures: take one by one")
+    if args.score and (args.process or args.curve):
+        fail(f"--score and --{chosen[0][0]} do not go together: take one by one")
+    if chosen:
+        name, n, most = chosen[0][1]
+    if args.score:  # of all; --explain shows the first 64
+        n, most = 500, 2000
+    path, n = Path(args.output or name), args.n or n
     if path.suffix.lower() != ".png":
         fail(f"--output {path} should end in .png")
-    if args.process and args.explain:
-        fail("--process and --explain are two pictures: take one after the other")
-    if n > (32 if args.process else 64 if args.explain and not args.score else 2000):
+    if n > most:
         fail(f"--n {n} is more than one picture can show; take fewer")
     device = pick_device(args.device)
-    state, model = load_checkpoint(args.checkpoint)
-    print(f"{args.checkpoint}: {state['epoch']} epochs, device {device}")
+    checkpoint = args.checkpoint or (TRAINED if TRAINED.exists() else PRETRAINED)
+    state, model = load_checkpoint(checkpoint)
+    if checkpoint == PRETRAINED:
+        print(f"there is no {TRAINED} yet: these are the weights that came along")
+    print(f"{checkpoint}: {state['epoch']} epochs, device {device}")
+    if args.export is not None:
+        export(Path(args.export), state)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         fail(f"--output {path} cannot be written; choose another")
-    schedule = ddpm.Schedule(device)
-    walk = draw_pictures(
-        model.to(device), schedule, n, args.steps, args.seed, every=args.process
-    )
+    schedule, model = ddpm.Schedule(device), model.to(device)
+    if args.curve:
+        save_steps_curve(path, model, schedule, n, args.seed)
+        print(f"saved {path}")
+        return
+    walk = draw_pictures(model, schedule, n, args.steps, args.seed, every=args.process)
     x = walk[-1][1]  # (n, 1, 32, 32)
     if args.score:
         print_score(x, state["run"], schedule, args.steps, args.seed)

@@ -506,10 +506,8 @@ def score_table(rows):
     def percent(counts):
         return " ".join(f"{100 * c / max(1, counts.sum()):3.0f}" for c in counts)
 
-    lines = [
-        f"{'':<24}{'clean':>8}{'decided':>9}{'copies':>8}{'distinct':>10}"
-        f"   {'1 2 3 shapes':<13}  circ rect tri line"
-    ]
+    shares = f"{'clean':>8}{'decided':>9}{'copies':>8}{'distinct':>10}"
+    lines = [f"{'':<24}{shares}   {'1 2 3 shapes':<13}  circ rect tri line"]
     for name, s in rows.items():
         shares = f"{s['clean']:>8.1%}{s['decided']:>9.1%}{s['copies']:>8.1%}{s['distinct']:>10.1%}"
         lines.append(

@@ -10,10 +10,13 @@ import errno
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
+import threading
 import time
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -121,16 +124,30 @@ def save_checkpoint(path, state):
                 torch.save(state, file)
             except RuntimeError as e:  # what torch makes of a full disk
                 raise OSError(errno.ENOSPC, "could not write", str(path)) from e
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before it takes the old one's name
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-CHECKPOINT = {  # what must be in one, and of which type
-    **dict.fromkeys(("format", "epoch", "step"), int),
-    **dict.fromkeys(("config", "run", "model", "ema", "optimizer"), dict),
-    **{"name": str, "generator": torch.Tensor, "history": list},
+# What must be in a checkpoint, and of which type: to sample from it, and to go on with it.
+TO_SAMPLE = {"format": int, "epoch": int, "config": dict, "run": dict, "ema": dict}
+TO_RESUME = {
+    "step": int,
+    "name": str,
+    "model": dict,
+    "optimizer": dict,
+    "history": list,
 }
+TO_RESUME["generator"] = torch.Tensor
+
+
+def export_weights(path, state):
+    """Writes what is needed to sample, in half precision: an eighth of a checkpoint."""
+    small = {key: state[key] for key in TO_SAMPLE}
+    small["ema"] = {name: p.half() for name, p in state["ema"].items()}
+    save_checkpoint(path, small)
 
 
 def reason(e):
@@ -138,59 +155,81 @@ def reason(e):
     return (str(e).splitlines() or [type(e).__name__])[0][:80]
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, resume=False):
     """Reads a checkpoint without running anything in it; ends the program if it is broken.
 
-    Returns (state, model): the saved dictionary and a UNet with the EMA weights, on the CPU.
+    resume: whether all that training needs must be in it. Returns (state, model): the
+    saved dictionary and a UNet with the EMA weights, in float32 and on the CPU.
     """
     path = Path(path)
+    state = read_safely(path)
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
+        fail(f"{path} is not a checkpoint of this program")
+    if state["format"] != FORMAT:
+        fail(f"{path} has format {state['format']}, this program reads format {FORMAT}")
+    for key, kind in (TO_SAMPLE | TO_RESUME if resume else TO_SAMPLE).items():
+        if not isinstance(state.get(key), kind):
+            fail(
+                f"{path} is incomplete: its {key!r} is missing or not a {kind.__name__}"
+            )
+    try:
+        check_run(state, resume)
+    except Exception as e:  # noqa: BLE001, as below
+        fail(f"{path} is damaged: {reason(e)}")
+    try:
+        # Without memory behind it, until it is known that the weights of the file fit.
+        with torch.device("meta"):
+            model = ddpm.UNet(**state["config"])
+        if sum(p.nbytes for p in state["ema"].values()) > path.stat().st_size:
+            raise ValueError("more numbers than the file is long")
+        model.load_state_dict(state["ema"], assign=True)
+        model = model.float().to(memory_format=torch.channels_last)
+        with torch.no_grad():  # some wrong configurations show only in use
+            output = model(torch.zeros(1, 1, 32, 32), torch.ones(1, dtype=torch.long))
+        finite = all(p.isfinite().all() for p in [output, *model.parameters()])
+    except Exception as e:  # noqa: BLE001, as below
+        fail(f"{path} does not hold the weights of this network ({reason(e)})")
+    if not finite:
+        fail(
+            f"{path} holds weights that are not finite numbers; take another checkpoint"
+        )
+    return state, model.requires_grad_(False)
+
+
+def check_run(state, resume):
+    """Raises an exception if flags, name or history are not such as a run leaves behind."""
+    limits = {a.dest: a.type for a in parser()._actions}
+    run = {flag: limits[flag](str(state["run"][flag])) for flag in RUN}
+    if run != state["run"]:
+        raise ValueError("its flags are not those of a run")
+    if not resume:
+        return
+    if Path(state["name"]).name != state["name"]:
+        raise ValueError("its name is not that of a folder")
+    rows = state["history"]
+    if len(rows) != state["epoch"]:
+        raise ValueError("its history is not as long as it says")
+    for i, row in enumerate(rows, start=1):
+        numbers = [row["epoch"], row["train_loss"], row["val_loss"], row["seconds"]]
+        numbers += [row.get("clean", 0)]
+        if row["epoch"] != i or not all(map(math.isfinite, numbers)):
+            raise ValueError(f"its history is wrong in epoch {i}")
+
+
+def read_safely(path):
+    """What torch.save wrote into a file; ends the program if it cannot be read."""
     if not path.exists():
         fail(f"{path} does not exist; python train.py makes one")
     if path.is_dir():
         fail(f"{path} is a folder, not a checkpoint")
     try:
-        with zipfile.ZipFile(
-            path
-        ) as parts:  # a small file must not unpack to a huge one
+        # A small file must not unpack to a huge one.
+        with zipfile.ZipFile(path) as parts:
             if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:
                 fail(f"{path} claims to be larger than it is; it was not opened")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # a file from anywhere can break the reader in any way
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # noqa: BLE001, a stranger's file can break it in any way
         fail(f"{path} is not a checkpoint that can be read ({reason(e)})")
-    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
-        fail(f"{path} is not a checkpoint of this program")
-    if state["format"] != FORMAT:
-        fail(f"{path} has format {state['format']}, this program reads format {FORMAT}")
-    for key, kind in CHECKPOINT.items():
-        if not isinstance(state.get(key), kind):
-            fail(
-                f"{path} is incomplete: its {key!r} is missing or not a {kind.__name__}"
-            )
-    limits = {a.dest: a.type for a in parser()._actions}
-    try:  # the run's flags obey the same limits as on the command line
-        run = {flag: limits[flag](str(state["run"][flag])) for flag in RUN}
-        losses = [row["train_loss"] + row["val_loss"] for row in state["history"]]
-    except (argparse.ArgumentTypeError, KeyError, TypeError) as e:
-        fail(
-            f"{path} is damaged: its flags or its history are not those of a run ({reason(e)})"
-        )
-    if run != state["run"] or len(losses) != state["epoch"]:
-        fail(f"{path} is damaged: its flags or its history are not those of a run")
-    try:
-        # Without memory behind it, until it is known that the weights of the file fit.
-        with torch.device("meta"):
-            model = ddpm.UNet(**state["config"])
-        model.load_state_dict(state["ema"], assign=True)
-        fits = all(
-            p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters()
-        )
-    except Exception as e:
-        fail(f"{path} does not hold the weights of this network ({reason(e)})")
-    if not fits:
-        fail(
-            f"{path} holds weights that are not finite numbers; take another checkpoint"
-        )
-    return state, model.requires_grad_(False)
 
 
 def set_aside(folder):
@@ -211,16 +250,17 @@ def set_aside(folder):
 
 
 def save_curve(path, history):
-    """Draws the loss of every epoch so far, and the share of samples that are clean."""
+    """Draws, against time, the loss of every epoch and the share of clean samples."""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
-    epochs = [row["epoch"] for row in history]
-    axes.plot(epochs, [row["train_loss"] for row in history], label="training")
-    axes.plot(
-        epochs, [row["val_loss"] for row in history], label="validation (EMA weights)"
-    )
-    axes.set(xlabel="epoch", ylabel="loss (Eq. 14)", yscale="log")
-    clean = [(row["epoch"], row["clean"]) for row in history if "clean" in row]
+    minutes, total = [], 0.0
+    for row in history:
+        total += row["seconds"] / 60
+        minutes.append(total)
+    for key, label in (("train_loss", "training"), ("val_loss", "validation (EMA)")):
+        axes.plot(minutes, [row[key] for row in history], label=label)
+    axes.set(xlabel="minutes", ylabel="loss (Eq. 14)", ylim=(0, None))
+    clean = [(m, row["clean"]) for m, row in zip(minutes, history) if "clean" in row]
     if clean:
         right = axes.twinx()
         right.plot(
@@ -244,6 +284,8 @@ def parameter_groups(model):
     """
     groups = {}
     for p in model.parameters():
+        # Biases, norms and the stem, with its single input, are alike in all widths; 64
+        # gives them a rate in the middle.
         inputs = p.shape[1] if p.ndim > 1 and p.shape[1] > 1 else 64
         groups.setdefault(INPUTS / inputs, []).append(p)
     return [{"params": ps, "scale": scale} for scale, ps in groups.items()]
@@ -258,7 +300,16 @@ def new_run(args, device):
         groups, args.lr, betas=(0.9, 0.99), weight_decay=0, fused=True
     )
     generator = torch.Generator(device).manual_seed(args.seed)
-    return model, ddpm.EMA(model), optimizer, generator
+    ema = ddpm.EMA(model)
+    # So small a network leaves a GPU waiting for the next kernel to be launched; compiled,
+    # it launches a fraction of them. That takes Triton and a C compiler.
+    tools = find_spec("triton") and (shutil.which("cc") or shutil.which("gcc"))
+    if device.type == "cuda" and tools:
+        # Where that fails all the same, as without Python's headers, it goes on uncompiled.
+        torch._dynamo.config.suppress_errors = True
+        model.compile()
+        ema.model.compile()
+    return model, ema, optimizer, generator
 
 
 def train_step(model, ema, optimizer, schedule, x_0, generator, step, lr):
@@ -295,14 +346,20 @@ def restore(path, saved, model, ema, optimizer, generator):
     try:
         model.load_state_dict(saved["model"])
         ema.model.load_state_dict(saved["ema"])
+        groups = [dict(group) for group in optimizer.param_groups]
         optimizer.load_state_dict(saved["optimizer"])
+        for group, old in zip(optimizer.param_groups, groups):
+            if any(
+                group[key] != old[key] for key in old if key not in ("lr", "params")
+            ):
+                raise ValueError("an optimizer with other settings")
         for p in model.parameters():  # the optimizer itself does not look at shapes
             if any(
                 optimizer.state[p][key].shape != p.shape
                 for key in ("exp_avg", "exp_avg_sq")
             ):
                 raise ValueError("averages and weights of different shapes")
-    except Exception as e:
+    except Exception as e:  # noqa: BLE001, as above
         fail(f"{path} cannot be resumed ({reason(e)})")
     try:
         generator.set_state(saved["generator"])
@@ -339,7 +396,7 @@ def read_run(args, latest):
     """For --resume: the checkpoint, with the flags that were not given put into args."""
     if not latest.exists():
         fail(f"nothing to resume: {latest} does not exist; start without --resume")
-    saved, _ = load_checkpoint(latest)
+    saved, _ = load_checkpoint(latest, resume=True)
     for flag in RUN:
         given, was = getattr(args, flag), saved["run"][flag]
         if given is None:
@@ -351,6 +408,97 @@ def read_run(args, latest):
     return saved
 
 
+def load_data(args, device):
+    """Pictures to train on and to validate with, (n, 1, 32, 32), on the device to stay."""
+
+    def draw(n, seed):
+        pictures = shapes.to_model(shapes.make_dataset(n, seed))
+        return torch.from_numpy(pictures).to(device)
+
+    return draw(args.samples, args.seed), draw(HELD_OUT, [args.seed, 1])
+
+
+def open_folders(args, name, step, new):
+    """Makes the folders, empties the one for checkpoints of an earlier run if this is new.
+
+    Returns the writer for TensorBoard. Raises OSError where nothing can be written.
+    """
+    # Slow to load, and only needed here.
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = Path(args.checkpoints)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, "cannot write here", str(folder))
+    # TensorBoard writes in a thread of its own. What fails there it raises here once more,
+    # where it becomes one line; the thread itself need not print it too.
+    threading.excepthook = lambda hook: (
+        None if issubclass(hook.exc_type, OSError) else threading.__excepthook__(hook)
+    )
+    writer = SummaryWriter(Path(args.logs) / name, purge_step=step + 1)
+    for half in (
+        folder / "best.tmp",
+        folder / "latest.tmp",
+    ):  # of a run that was killed
+        half.unlink(missing_ok=True)
+    if new:
+        set_aside(folder)
+    return writer
+
+
+def train_epoch(learner, schedule, data, args, step, bar, check):
+    """All pictures once, in a new order. Returns the losses of the steps, a list."""
+    model, ema, optimizer, generator = learner
+    losses, start = [], time.perf_counter()
+    order = torch.randperm(len(data), generator=generator, device=data.device)
+    # The rest of a shuffled epoch, less than a batch, is left out.
+    for batch in order.split(args.batch_size)[: len(data) // args.batch_size]:
+        step += 1
+        x_0 = data[batch]  # (B, 1, 32, 32)
+        losses.append(
+            train_step(model, ema, optimizer, schedule, x_0, generator, step, args.lr)
+        )
+        bar.update()
+        check()
+        if step % 20 == 0:  # .item() waits for the device, so not at every step
+            speed = len(losses) * args.batch_size / (time.perf_counter() - start)
+            words = f"loss {losses[-1].item():.4f}, {speed:.0f} pictures/s"
+            bar.set_postfix_str(words, refresh=False)
+    return torch.stack(losses).tolist()
+
+
+def log_epoch(writer, row, losses, step):
+    """Writes the numbers of an epoch, whose last step this was, for TensorBoard."""
+    for i, value in enumerate(losses):
+        writer.add_scalar("loss/train", value, step - len(losses) + i + 1)
+    writer.add_scalar("loss/validation", row["val_loss"], step)
+    if "clean" in row:
+        writer.add_scalar("clean share", row["clean"], step)
+
+
+def save_epoch(folder, learner, args, name, history, step):
+    """Writes latest.pt, best.pt if the validation loss is the lowest so far, loss.png."""
+    model, ema, optimizer, generator = learner
+    state = {
+        "format": FORMAT,
+        "config": model.config,
+        "run": {flag: getattr(args, flag) for flag in RUN},
+        "name": name,
+        "epoch": len(history),
+        "step": step,
+        "model": model.state_dict(),
+        "ema": ema.model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "generator": generator.get_state(),
+        "history": history,
+    }
+    # best before latest: killed between the two, the epoch is simply done again.
+    if history[-1]["val_loss"] <= min(row["val_loss"] for row in history):
+        save_checkpoint(folder / "best.pt", state)
+    save_checkpoint(folder / "latest.pt", state)
+    save_curve(folder / "loss.png", history)
+
+
 def train(args, name=None, after_epoch=lambda: None, check=lambda: None):
     """Trains as the flags say, args as parse returns them.
 
@@ -358,21 +506,16 @@ def train(args, name=None, after_epoch=lambda: None, check=lambda: None):
     arguments when the files of an epoch are written. check: called often, between two
     steps; what it raises ends the training.
     """
-    from torch.utils.tensorboard import (
-        SummaryWriter,
-    )  # slow to load, and only needed here
-
-    # Build.
-    device = pick_device(args.device)
-    folder = Path(args.checkpoints)
-    latest, best = folder / "latest.pt", folder / "best.pt"
+    device, folder = pick_device(args.device), Path(args.checkpoints)
+    latest = folder / "latest.pt"
     saved = read_run(args, latest) if args.resume else None
     if args.samples < args.batch_size:
         fail(
-            f"--samples {args.samples} is less than one batch: --batch-size {args.batch_size}"
+            f"--samples {args.samples} is less than one batch: "
+            f"--batch-size {args.batch_size}"
         )
     history, name = [], name or time.strftime("%Y-%m-%d_%H-%M-%S")
-    model, ema, optimizer, generator = new_run(args, device)
+    learner = model, ema, optimizer, generator = new_run(args, device)
     if saved:
         restore(latest, saved, model, ema, optimizer, generator)
         history, name = saved["history"], saved["name"]
@@ -380,90 +523,43 @@ def train(args, name=None, after_epoch=lambda: None, check=lambda: None):
         print(f"{latest} has {len(history)} epochs already; a larger --epochs goes on")
         return
     schedule = ddpm.Schedule(device)
-    data = shapes.to_model(shapes.make_dataset(args.samples, seed=args.seed))
-    data = torch.from_numpy(data).to(
-        device
-    )  # (samples, 1, 32, 32), there for the whole run
-    held_out = shapes.to_model(shapes.make_dataset(HELD_OUT, seed=[args.seed, 1]))
-    held_out = torch.from_numpy(held_out).to(device)  # (HELD_OUT, 1, 32, 32)
-    batches = (
-        args.samples // args.batch_size
-    )  # the rest of a shuffled epoch is left out
+    data, held_out = load_data(args, device)
+    batches = args.samples // args.batch_size
     step, to_go = len(history) * batches, args.epochs - len(history)
+    number_type = "bfloat16" if ddpm.fast_bfloat16(device.type) else "float32"
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"device {device}: {parameters:,} parameters, {args.samples:,} pictures")
+    print(
+        f"device {device} ({number_type}): {parameters:,} parameters, {args.samples:,} pictures"
+    )
     seconds = seconds_per_step(args, device, schedule, data, check) * batches * to_go
     print(f"{to_go} epochs to go, about {seconds / 60:.1f} minutes at the speed now")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(errno.EACCES, "cannot write here", str(folder))
-    writer = SummaryWriter(Path(args.logs) / name, purge_step=step + 1)
-    if not saved:
-        set_aside(folder)
+    writer = open_folders(args, name, step, new=not saved)
 
-    # Loop.
-    with writer, tqdm(total=args.epochs * batches, initial=step, unit="step") as bar:
+    bar = tqdm(total=args.epochs * batches, initial=step, unit="step")
+    with writer, bar:
         for epoch in range(len(history) + 1, args.epochs + 1):
-            start, losses = time.perf_counter(), []
-            order = torch.randperm(args.samples, generator=generator, device=device)
-            for batch in order.split(args.batch_size)[:batches]:
-                step += 1
-                x_0 = data[batch]  # (B, 1, 32, 32)
-                loss = train_step(
-                    model, ema, optimizer, schedule, x_0, generator, step, args.lr
-                )
-                losses.append(loss)
-                bar.update()
-                check()
-                if step % 20 == 0:  # .item() waits for the device, so not at every step
-                    speed = (
-                        len(losses) * args.batch_size / (time.perf_counter() - start)
-                    )
-                    words = f"loss {loss.item():.4f}, {speed:.0f} pictures/s"
-                    bar.set_postfix_str(words, refresh=False)
-            losses = torch.stack(losses).tolist()
+            start = time.perf_counter()
+            losses = train_epoch(learner, schedule, data, args, step, bar, check)
+            step += batches
             row = {"epoch": epoch, "train_loss": sum(losses) / batches}
             row["val_loss"] = validation_loss(ema.model, schedule, held_out)
             if not all(map(math.isfinite, [*losses, row["val_loss"]])):
                 fail(
-                    f"the loss is not finite in epoch {epoch}, which was not saved; lower --lr"
+                    f"the loss is not finite in epoch {epoch}, which was not saved; "
+                    "start again with a lower --lr"
                 )
+            line = f"epoch {epoch}: loss {row['train_loss']:.4f}, validation {row['val_loss']:.4f}"
             if epoch % SAMPLE_EVERY == 0 or epoch == args.epochs:
                 grid, row["clean"] = draw_grid(ema.model, schedule, check)
                 shapes.save_picture(folder / f"samples_{epoch:04d}.png", grid)
                 writer.add_image("samples", grid[None], step)
-                writer.add_scalar("clean share", row["clean"], step)
-            for i, value in enumerate(losses):
-                writer.add_scalar("loss/train", value, step - batches + i + 1)
-            writer.add_scalar("loss/validation", row["val_loss"], step)
+                line += f", {row['clean']:.0%} of samples clean"
+            log_epoch(writer, row, losses, step)
             row["seconds"] = time.perf_counter() - start
             history.append(row)
-
-            # Save.
-            state = {
-                "format": FORMAT,
-                "config": model.config,
-                "run": {flag: getattr(args, flag) for flag in RUN},
-                "name": name,
-                "epoch": epoch,
-                "step": step,
-                "model": model.state_dict(),
-                "ema": ema.model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "generator": generator.get_state(),
-                "history": history,
-            }
-            # best before latest: killed between the two, the epoch is simply done again.
-            if row["val_loss"] <= min(r["val_loss"] for r in history):
-                save_checkpoint(best, state)
-            save_checkpoint(latest, state)
-            save_curve(folder / "loss.png", history)
+            save_epoch(folder, learner, args, name, history, step)
             after_epoch()
-            line = f"epoch {epoch}: loss {row['train_loss']:.4f}, validation {row['val_loss']:.4f}"
-            tqdm.write(
-                line
-                + (f", {row['clean']:.0%} of samples clean" if "clean" in row else "")
-            )
+            tqdm.write(line)
 
 
 def parse(argv=None):
@@ -489,8 +585,7 @@ def how_to_resume(args):
 
 
 def main():
-    args = parse()
-    asked = []
+    args, started, asked = parse(), time.time(), []
 
     # Ctrl-C is noted and obeyed between two steps: an exception in the middle of saving or
     # drawing might be swallowed there. Whoever presses it twice is obeyed at once.
@@ -508,7 +603,8 @@ def main():
     try:
         train(args, check=check)
     except KeyboardInterrupt:
-        if (Path(args.checkpoints) / "latest.pt").exists():
+        latest = Path(args.checkpoints) / "latest.pt"
+        if args.resume or (latest.exists() and latest.stat().st_mtime >= started):
             print(
                 f"\nstopped; the last complete epoch is kept. To go on: {how_to_resume(args)}"
             )
@@ -523,8 +619,8 @@ def main():
             raise
         fail("not enough memory; take a smaller --batch-size or fewer --samples")
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for which, handler in before.items():
+            signal.signal(which, handler)
 
 
 if __name__ == "__main__":

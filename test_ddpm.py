@@ -455,7 +455,7 @@ def test_attention_against_a_naive_loop(channels, width, side):
     y = torch.nn.functional.group_norm(
         x, channels // 8, attention.norm.weight, attention.norm.bias
     )
-    block = max(1, side // ddpm.KEY_SIDE)
+    block = max(1, side // 8)
     grid = [(i, j) for i in range(0, side, block) for j in range(0, side, block)]
     pooled = torch.stack(
         [y[:, :, i : i + block, j : j + block].mean((2, 3)) for i, j in grid], 1
@@ -533,7 +533,7 @@ def test_every_block_listens_to_the_time_and_every_norm_and_skip_is_used():
 
 
 def test_skips_join_the_level_of_their_own_resolution():
-    """Catches: skips in the wrong order, or taken after the pooling."""
+    """Catches: skips in the wrong order, taken after the pooling, or not joined at all."""
     model, down, up = awake(ddpm.UNet()), [], []
     for level in model.down:
         level.register_forward_hook(lambda m, i, o: down.append(o))
@@ -542,6 +542,9 @@ def test_skips_join_the_level_of_their_own_resolution():
     model(noise(1, 1, 32, 32), torch.tensor([5]))
     assert [x.shape[-1] for x in down] == [32, 16, 8]
     assert all(a is b for a, b in zip(up, reversed(down)))
+    below, skip = noise(1, 512, 4, 4), noise(1, 96, 8, 8, seed=1)
+    a, b = (model.up[0](below, s, noise(1, 128)) for s in (skip, -skip))
+    assert (a - b).abs().min() > 0, "what is joined is not the skip"
 
 
 def test_a_new_network_says_nothing_and_its_blocks_pass_on_their_input():

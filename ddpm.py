@@ -254,9 +254,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x, time):
         h = self.conv1(F.silu(self.norm1(x)))  # (B, c_mid, H, W)
-        h = (
-            h + self.time(time)[:, :, None, None]
-        )  # (B, c_mid, H, W), alike for all pixels
+        h = h + self.time(time)[:, :, None, None]  # (B, c_mid, H, W), all pixels alike
         h = self.conv2(F.silu(self.norm2(h)))  # (B, c_out, H, W)
         return self.skip(x) + h  # (B, c_out, H, W)
 
@@ -346,6 +344,7 @@ class UNet(nn.Module):
 
 
 # ==== 7. The guess and the loss =======================================================
+#
 # The network could return eps itself, as in the paper. But close to t = 0 eps is a tiny
 # difference, (x_t - 0.99995 x_0) / 0.01 at t = 1, and close to t = T so is the picture:
 # x_0 = (x_t - eps) / 0.0064 magnifies an error of the network 157 times. What can be

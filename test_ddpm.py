@@ -1175,7 +1175,7 @@ def test_ctrl_c_keeps_the_last_epoch_and_says_how_to_go_on(tmp_path, monkeypatch
     assert torch.load(latest, weights_only=True)["epoch"] == done + 1
 
 
-# KILLS=100 python -m pytest -k killed -rP    kills as often as the issue that asked for it
+# KILLS=100 python -m pytest -k killed -rP    kills a hundred times
 KILLS = int(os.environ.get("KILLS", "4"))
 
 KILLER = """

@@ -65,7 +65,7 @@ def parser():
         "--lr",
         type=number(float, 1e-12, 1e3),
         default=2e-4,
-        help="learning rate after warm-up",
+        help="learning rate after warm-up, of a layer with 512 inputs",
     )
     p.add_argument(
         "--resume",

@@ -83,7 +83,7 @@ class Schedule:
 
 # ==== 2. The forward process: from a picture to noise, in one step ====================
 # Nobody has to walk all t steps. A sum of independent Gaussians is a Gaussian, so with
-# alpha = 1 - beta two steps make one (z and z' are standard normal):
+# alpha = 1 - beta two steps make one (z, z' and eps are standard normal):
 #
 # x_2 = sqrt(alpha_2) x_1 + sqrt(1 - alpha_2) z'
 #     = sqrt(alpha_2 alpha_1) x_0 + sqrt(alpha_2 (1 - alpha_1)) z + sqrt(1 - alpha_2) z'
@@ -111,8 +111,8 @@ def q_sample(schedule, x_0, t, eps):
 # either gives the other. Which of them the training loss (section 7) compares decides
 # how much each t counts: an error in eps is one in x_0 times sqrt(SNR). An x_0 loss
 # counts all t alike and so is mostly about large t, where a guess can be no more than a
-# blur; eps asks most where something of the picture can be seen. Ho et al. found x_0
-# worse (Ho, Section 3.2).
+# blur; eps asks more where more of the picture can be seen. Ho et al. found x_0 worse
+# (Ho, Section 3.2).
 
 
 def predict_x_0(schedule, x_t, t, eps):
@@ -356,11 +356,10 @@ class UNet(nn.Module):
 #
 # with signal = sqrt(alpha_bar_t) and noise = sqrt(1 - alpha_bar_t). Something that is
 # +1 or -1 at odds of exp(2a) has the mean tanh(a), and the mean is the guess of least
-# squared error: one pixel alone says x_0 = tanh(signal x_t / noise^2). What all others
-# say about this one multiplies its odds by some exp(2b), so b is added inside the tanh,
-# and b is what the network returns: not what the pixel shows already, only what the
-# rest of the picture adds, at first nothing (`out` starts at 0). From x_0 follows eps,
-# by Eq. 4.
+# squared error: one pixel alone says x_0 = tanh(signal x_t / noise^2). All else, the
+# other pixels and how common +1 is here, multiplies its odds by some exp(2b), so b is
+# added inside the tanh, and b is what the network returns: only what the pixel does not
+# show itself, at first nothing (`out` starts at 0). From x_0 follows eps, by Eq. 4.
 #
 # For pictures in grey this does not hold. There ask for v = signal eps - noise x_0,
 # which magnifies no error either: x_0 = signal x_t - noise v (Salimans & Ho 2022, arXiv
@@ -389,14 +388,14 @@ def eps_theta(model, schedule, x_t, t):
     return (x_t - signal * x_0) / noise
 
 
-# Which loss? A step back is p(x_{t-1} | x_t) = N(mu_theta(x_t, t), sigma_t^2 I) (Eq. 1,
-# and Ho, Section 3.2): the network gives its mean. Maximum likelihood wants -log p(x_0)
+# Which loss? A step back is p(x_{t-1} | x_t) = N(mu_theta(x_t, t), sigma_t^2 I) (Eq. 1;
+# sigma_t: section 8), the network gives its mean. Maximum likelihood wants -log p(x_0)
 # small, an integral over all ways that lead to x_0, which nobody can compute. But it
 # has a bound (Eq. 3), in essence a sum over t of KL divergences: how far the true step
-# back q(x_{t-1} | x_t, x_0) is from that of p (Eq. 5; t = 1 and T have terms of their
-# own). With sigma_t fixed each is, up to a constant, the squared difference of the two
-# means over 2 sigma_t^2 (Eq. 8). Both means are Eq. 11 (shown in section 8), with the
-# true eps and with eps_theta, so each is (Eq. 12)
+# back q(x_{t-1} | x_t, x_0) is from that of p (Eq. 5; t = 1 and x_T have their own
+# terms). With sigma_t fixed each is, up to a constant, the squared difference of the
+# two means over 2 sigma_t^2 (Eq. 8). Both means are Eq. 11 (shown in section 8), with
+# the true eps and with eps_theta, so each is (Eq. 12)
 #
 #   beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) * || eps - eps_theta(x_t, t) ||^2
 #
@@ -483,11 +482,11 @@ def ddpm_step(schedule, x_t, t, eps, z):
 
 # Another way to see this step: the gradient of log q(x_t) with respect to x_t, the
 # *score*, points to where pictures are more likely. For one known x_0 it is -eps /
-# sqrt(1 - alpha_bar_t), by Eq. 4, and squared error learns the mean of that over all
-# x_0 that fit. So eps_theta, up to that factor, is a learned score, Eq. 14 is denoising
-# score matching, and Algorithm 2 is like Langevin dynamics: a step uphill and some
-# fresh noise, again and again, while the noise gets less (Ho, Section 3.2; Song & Ermon
-# 2019).
+# sqrt(1 - alpha_bar_t), by Eq. 4; the mean of that over all x_0 that fit is the score,
+# and squared error learns means. So eps_theta, up to that factor, is the score, Eq. 14
+# is denoising score matching, and Algorithm 2 is like Langevin dynamics: a step uphill
+# and some fresh noise, again and again, while the noise gets less (Ho, Section 3.2;
+# Song & Ermon 2019).
 #
 # A thousand steps are slow. Song, Meng & Ermon, "Denoising Diffusion Implicit Models"
 # (2021, arXiv 2010.02502) noticed that Eq. 14 never asks how x_t was reached: it needs
@@ -497,9 +496,10 @@ def ddpm_step(schedule, x_t, t, eps, z):
 # write alpha for Ho's alpha_bar):
 #
 #     x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z
-# The middle term puts back noise that was found, with sigma = 0 all of it: then nothing
-# is random after x_T. sigma is eta, from 0 to 1, times their Eq. 16; with eta = 1 and s
-# = t - 1 this is ddpm_step again.
+#
+# The middle term reuses the noise that was found, and with sigma = 0 nothing but it:
+# then nothing is random after x_T. sigma is eta, from 0 to 1, times their Eq. 16; with
+# eta = 1 and s = t - 1 this is ddpm_step again.
 
 
 def ddim_step(schedule, x_t, t, s, eps, z, eta):
@@ -580,7 +580,7 @@ def stages(model):
 
 
 def save_forward_process(path):
-    """Draws a training picture at several t, and the schedule below it."""
+    """Draws a picture of shapes.py at several t, and the schedule below it."""
     from matplotlib.figure import Figure  # not needed to train or sample
 
     import shapes

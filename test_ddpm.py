@@ -1142,7 +1142,10 @@ def test_the_other_scripts_run(trained):
     assert (trained / "forward.png").exists() and (trained / "shapes.png").exists()
 
 
-def test_ctrl_c_keeps_the_last_epoch_and_says_how_to_go_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("which", ["SIGINT", "SIGTERM"])
+def test_ctrl_c_keeps_the_last_epoch_and_says_how_to_go_on(
+    which, tmp_path, monkeypatch
+):
     """Catches: a traceback on Ctrl-C, a checkpoint that is lost or cannot be resumed."""
     flags = ["--samples", "64", "--epochs", "99", "--device", "cpu"]
     process = subprocess.Popen(
@@ -1156,7 +1159,7 @@ def test_ctrl_c_keeps_the_last_epoch_and_says_how_to_go_on(tmp_path, monkeypatch
     try:
         while not latest.exists() and time.time() < deadline:
             time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(getattr(signal, which))
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -1465,7 +1468,8 @@ def test_the_weights_that_come_along(tmp_path):
 BAD = [
     ("train.py", "--epochs", "0"),
     ("train.py", "--epochs", "ten"),
-    ("train.py", "--samples", "-5"),
+    ("train.py", "--samples", "0"),
+    ("train.py", "--batch-size", "0"),
     ("train.py", "--samples", "10", "--batch-size", "64"),
     ("train.py", "--batch-size", "1e3"),
     ("train.py", "--lr", "0"),

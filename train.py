@@ -343,6 +343,8 @@ def validation_loss(model, schedule, x_0):
 
 def restore(path, saved, model, ema, optimizer, generator):
     """Puts what a checkpoint holds back in its place; ends the program if it does not fit."""
+    if saved["config"] != model.config:
+        fail(f"{path} cannot be resumed: its network is {saved['config']}")
     try:
         model.load_state_dict(saved["model"])
         ema.model.load_state_dict(saved["ema"])

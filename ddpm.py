@@ -580,7 +580,7 @@ def stages(model):
 
 
 def save_forward_process(path):
-    """Draws a picture of shapes.py at several t, and the schedule below it."""
+    """Draws a picture of shapes.py at several t; below, schedule and time embedding."""
     from matplotlib.figure import Figure  # not needed to train or sample
 
     import shapes
@@ -598,12 +598,15 @@ def save_forward_process(path):
         axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
         axes.set(xticks=[], yticks=[], title=f"t = {t}")
         axes.set_xlabel(f"$\\bar\\alpha_t$ = {schedule.alpha_bar[t]:.2g}\nSNR = {snr}")
-    axes = bottom.subplots()
-    axes.plot(schedule.alpha_bar, label="$\\bar\\alpha_t$")
-    axes.plot(range(1, T + 1), schedule.snr(), label="signal-to-noise ratio")
-    axes.axhline(1, color="gray", linewidth=0.8)
-    axes.set(xlabel="t", yscale="log")
-    axes.legend()
+    left, right = bottom.subplots(1, 2)
+    left.plot(schedule.alpha_bar, label="$\\bar\\alpha_t$")
+    left.plot(range(1, T + 1), schedule.snr(), label="signal-to-noise ratio")
+    left.axhline(1, color="gray", linewidth=0.8)
+    left.set(xlabel="t", yscale="log")
+    left.legend()
+    hands = time_embedding(torch.arange(T + 1), 128).T  # (128, T + 1)
+    right.imshow(hands, cmap="gray", aspect="auto")
+    right.set(xlabel="t", ylabel="time embedding")
     figure.savefig(path, dpi=100)
 
 

@@ -139,8 +139,8 @@ TO_RESUME = {
     "model": dict,
     "optimizer": dict,
     "history": list,
+    "generator": torch.Tensor,
 }
-TO_RESUME["generator"] = torch.Tensor
 
 
 def export_weights(path, state):
@@ -438,11 +438,8 @@ def open_folders(args, name, step, new):
         None if issubclass(hook.exc_type, OSError) else threading.__excepthook__(hook)
     )
     writer = SummaryWriter(Path(args.logs) / name, purge_step=step + 1)
-    for half in (
-        folder / "best.tmp",
-        folder / "latest.tmp",
-    ):  # of a run that was killed
-        half.unlink(missing_ok=True)
+    for half in ("best.tmp", "latest.tmp"):  # left by a run that was killed
+        (folder / half).unlink(missing_ok=True)
     if new:
         set_aside(folder)
     return writer

@@ -277,14 +277,15 @@ class ResBlock(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """Doubles the resolution, joins the skip; then a residual block and attention."""
+    """Doubles the resolution, joins the skip; two residual blocks around attention."""
 
     def __init__(self, c_below, c_out, time_dim):
         super().__init__()
         self.shrink = Conv1x1(c_below, c_out)
         self.join = Conv1x1(2 * c_out, c_out)
-        self.block = ResBlock(c_out, c_out, time_dim)
+        self.block1 = ResBlock(c_out, c_out, time_dim)
         self.attention = Attention(c_out, c_out)
+        self.block2 = ResBlock(c_out, c_out, time_dim)
 
     def forward(self, x, skip, time):
         # Fewer channels first, then more pixels: a quarter of the work.
@@ -292,7 +293,8 @@ class UpLevel(nn.Module):
         x = F.interpolate(x, scale_factor=2)  # (B, c_out, H, W), each pixel four times
         x = torch.cat([x, skip], dim=1)  # (B, 2 c_out, H, W)
         x = self.join(x)  # (B, c_out, H, W)
-        return self.attention(self.block(x, time))
+        x = self.attention(self.block1(x, time))
+        return self.block2(x, time)
 
 
 class UNet(nn.Module):

@@ -27,11 +27,11 @@ import ddpm
 import shapes
 from shapes import fail, number
 
-FORMAT = 2  # of a checkpoint; raise it when old ones can no longer be read
+FORMAT = 3  # of a checkpoint; raise it when old ones can no longer be read
 RUN = ("epochs", "samples", "batch_size", "lr", "seed")  # the flags that define a run
 WARMUP = 100  # steps in which the learning rate rises: Adam's averages are empty
 CONSTANT = 1000  # steps after which it falls, as 1 / sqrt(step)
-INPUTS = 512  # the layer for which --lr is meant, see parameter_groups
+MATRICES, OTHERS = 40, 8  # what --lr is multiplied with, see optimizers_for
 SAMPLE_EVERY = 5  # epochs between two grids of samples
 HELD_OUT = 512  # pictures for the validation loss
 GRID, GRID_STEPS = 64, 50  # pictures and DDIM steps of a grid
@@ -65,7 +65,7 @@ def parser():
         "--lr",
         type=number(float, 1e-12, 1e3),
         default=2e-4,
-        help="learning rate after warm-up, of a layer with 512 inputs",
+        help="learning rate after warm-up, times 40 for matrices, 8 for the rest",
     )
     p.add_argument(
         "--resume",
@@ -137,7 +137,7 @@ TO_RESUME = {
     "step": int,
     "name": str,
     "model": dict,
-    "optimizer": dict,
+    "optimizers": list,
     "history": list,
     "generator": torch.Tensor,
 }
@@ -274,31 +274,69 @@ def save_curve(path, history):
 # --- Training --------------------------------------------------------------------------
 
 
-def parameter_groups(model):
-    """The weights, in groups that share a learning rate: "scale" times --lr.
+def orthogonal(matrix):
+    """About U V^T, where U S V^T is the matrix (rows <= columns): every length becomes 1.
 
-    Adam moves each weight by about the learning rate, whatever its gradient. So a layer
-    with 512 inputs moves its output 32 times as far as one with 16, and one rate is too
-    high for the one or too low for the other. Divided by the number of inputs it suits
-    both (muP: Yang et al. 2022, arXiv 2203.03466).
+    Three rounds of a polynomial that works on the lengths in S, which are at most 1 to
+    begin with: what was above 0.03 ends between 0.65 and 1.25. No decomposition is needed.
     """
-    groups = {}
-    for p in model.parameters():
-        # Biases, norms and the stem, with its single input, are alike in all widths; 64
-        # gives them a rate in the middle.
-        inputs = p.shape[1] if p.ndim > 1 and p.shape[1] > 1 else 64
-        groups.setdefault(INPUTS / inputs, []).append(p)
-    return [{"params": ps, "scale": scale} for scale, ps in groups.items()]
+    dtype = torch.bfloat16 if ddpm.fast_bfloat16(matrix.device.type) else torch.float32
+    x = (matrix / (matrix.norm() + 1e-7)).to(dtype)
+    for _ in range(3):
+        square = x @ x.T
+        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+    return x.to(matrix.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """For weights that are matrices, or convolutions (Jordan et al. 2024, Muon).
+
+    The gradient of a matrix is large in a few directions and small in most. Adam, which
+    looks at each number alone, keeps it so; Muon moves as far in all directions.
+    torch.optim.Muon takes no convolutions, and needs a fast bfloat16.
+    """
+
+    def __init__(self, groups):
+        super().__init__(groups, {"momentum": 0.95})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["average"] = torch.zeros_like(p)
+                state["average"].lerp_(p.grad, 1 - group["momentum"])
+                x = p.grad.lerp(state["average"], group["momentum"])
+                c_out, c_in = p.shape[:2]
+                if c_out > c_in:  # the shorter side first: less work
+                    x = x.transpose(0, 1)  # (c_in, c_out, ...)
+                x = orthogonal(x.flatten(1)).view(x.shape)
+                if c_out > c_in:
+                    x = x.transpose(0, 1)  # (c_out, c_in, ...)
+                p.add_(x, alpha=-group["lr"] * math.sqrt(max(1, c_out / c_in)))
+
+
+def optimizers_for(model, lr):
+    """Muon for the matrices, AdamW for biases, norms, and the first and the last layer.
+
+    These two have a single channel on one side: vectors, not matrices. Each group has its
+    "scale", which is multiplied with --lr.
+    """
+    is_matrix = {p: p.ndim > 1 and min(p.shape[:2]) > 1 for p in model.parameters()}
+    matrices = {"params": [p for p in is_matrix if is_matrix[p]], "scale": MATRICES}
+    others = {"params": [p for p in is_matrix if not is_matrix[p]], "scale": OTHERS}
+    adam = torch.optim.AdamW(
+        [others], lr, betas=(0.9, 0.99), weight_decay=0, fused=True
+    )
+    return Muon([matrices]), adam
 
 
 def new_run(args, device):
-    """Model, EMA, optimizer and the generator of all training noise, before the first step."""
+    """Model, EMA, optimizers and the generator of all training noise, before the first step."""
     torch.manual_seed(args.seed)
     model = ddpm.UNet().to(device)
-    groups = parameter_groups(model)
-    optimizer = torch.optim.AdamW(
-        groups, args.lr, betas=(0.9, 0.99), weight_decay=0, fused=True
-    )
+    optimizers = optimizers_for(model, args.lr)
     generator = torch.Generator(device).manual_seed(args.seed)
     ema = ddpm.EMA(model)
     # So small a network leaves a GPU waiting for the next kernel to be launched; compiled,
@@ -309,22 +347,36 @@ def new_run(args, device):
         torch._dynamo.config.suppress_errors = True
         model.compile()
         ema.model.compile()
-    return model, ema, optimizer, generator
+    return model, ema, optimizers, generator
 
 
-def train_step(model, ema, optimizer, schedule, x_0, generator, step, lr):
+def mirror(x_0, generator):
+    """Mirrors each picture at random: left to right, top to bottom, at the diagonal.
+
+    The mirror image of a shape is a shape: eight pictures for one, and nobody has to draw
+    them. x_0: float (B, 1, 32, 32), returns the same.
+    """
+    size, device = (3, len(x_0), 1, 1, 1), x_0.device
+    coins = torch.rand(size, generator=generator, device=device) < 0.5
+    x_0 = torch.where(coins[0], x_0.flip(3), x_0)
+    x_0 = torch.where(coins[1], x_0.flip(2), x_0)
+    return torch.where(coins[2], x_0.transpose(2, 3), x_0)
+
+
+def train_step(model, ema, optimizers, schedule, x_0, generator, step, lr):
     """Algorithm 1, one step: returns the loss, a 0-d tensor still on the device."""
     B, device = len(x_0), x_0.device
     t = torch.randint(1, ddpm.T + 1, (B,), device=device, generator=generator)
     eps = torch.randn(x_0.shape, device=device, generator=generator)
     shape = min(1, step / WARMUP, math.sqrt(CONSTANT / step))
-    for group in optimizer.param_groups:
-        group["lr"] = lr * shape * group["scale"]
     loss = ddpm.loss_fn(model, schedule, x_0, t, eps)
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * shape * group["scale"]
+        optimizer.step()
     ema.update(model, step)
     return loss.detach()
 
@@ -341,26 +393,27 @@ def validation_loss(model, schedule, x_0):
     return (sum(losses) / len(x_0)).item()
 
 
-def restore(path, saved, model, ema, optimizer, generator):
+def restore(path, saved, model, ema, optimizers, generator):
     """Puts what a checkpoint holds back in its place; ends the program if it does not fit."""
     if saved["config"] != model.config:
         fail(f"{path} cannot be resumed: its network is {saved['config']}")
     try:
         model.load_state_dict(saved["model"])
         ema.model.load_state_dict(saved["ema"])
-        groups = [dict(group) for group in optimizer.param_groups]
-        optimizer.load_state_dict(saved["optimizer"])
-        for group, old in zip(optimizer.param_groups, groups):
-            if any(
-                group[key] != old[key] for key in old if key not in ("lr", "params")
-            ):
-                raise ValueError("an optimizer with other settings")
-        for p in model.parameters():  # the optimizer itself does not look at shapes
-            if any(
-                optimizer.state[p][key].shape != p.shape
-                for key in ("exp_avg", "exp_avg_sq")
-            ):
-                raise ValueError("averages and weights of different shapes")
+        for optimizer, old in zip(optimizers, saved["optimizers"], strict=True):
+            groups = [dict(group) for group in optimizer.param_groups]
+            optimizer.load_state_dict(old)
+            for group, was in zip(optimizer.param_groups, groups):
+                settings = set(was) - {"lr", "params"}
+                if any(group[key] != was[key] for key in settings):
+                    raise ValueError("an optimizer with other settings")
+            # The optimizers themselves do not look at shapes.
+            muon = isinstance(optimizer, Muon)
+            averages = ("average",) if muon else ("exp_avg", "exp_avg_sq")
+            for p in groups[0]["params"]:
+                state = optimizer.state[p]
+                if any(state[key].shape != p.shape for key in averages):
+                    raise ValueError("averages and weights of different shapes")
     except Exception as e:  # noqa: BLE001, as above
         fail(f"{path} cannot be resumed ({reason(e)})")
     try:
@@ -373,12 +426,12 @@ def restore(path, saved, model, ema, optimizer, generator):
 
 def seconds_per_step(args, device, schedule, data, check):
     """Measures the speed on a network that is thrown away, the run is not touched."""
-    model, ema, optimizer, generator = new_run(args, device)
+    model, ema, optimizers, generator = new_run(args, device)
     x_0 = data[: args.batch_size]
     for i in range(8):
         if i == 3:  # the first steps are slower
             start = time.perf_counter()
-        train_step(model, ema, optimizer, schedule, x_0, generator, 1, args.lr).item()
+        train_step(model, ema, optimizers, schedule, x_0, generator, 1, args.lr).item()
         check()
     return (time.perf_counter() - start) / 5
 
@@ -447,15 +500,15 @@ def open_folders(args, name, step, new):
 
 def train_epoch(learner, schedule, data, args, step, bar, check):
     """All pictures once, in a new order. Returns the losses of the steps, a list."""
-    model, ema, optimizer, generator = learner
+    model, ema, optimizers, generator = learner
     losses, start = [], time.perf_counter()
     order = torch.randperm(len(data), generator=generator, device=data.device)
     # The rest of a shuffled epoch, less than a batch, is left out.
     for batch in order.split(args.batch_size)[: len(data) // args.batch_size]:
         step += 1
-        x_0 = data[batch]  # (B, 1, 32, 32)
+        x_0 = mirror(data[batch], generator)  # (B, 1, 32, 32)
         losses.append(
-            train_step(model, ema, optimizer, schedule, x_0, generator, step, args.lr)
+            train_step(model, ema, optimizers, schedule, x_0, generator, step, args.lr)
         )
         bar.update()
         check()
@@ -477,7 +530,7 @@ def log_epoch(writer, row, losses, step):
 
 def save_epoch(folder, learner, args, name, history, step):
     """Writes latest.pt, best.pt if the validation loss is the lowest so far, loss.png."""
-    model, ema, optimizer, generator = learner
+    model, ema, optimizers, generator = learner
     state = {
         "format": FORMAT,
         "config": model.config,
@@ -487,7 +540,7 @@ def save_epoch(folder, learner, args, name, history, step):
         "step": step,
         "model": model.state_dict(),
         "ema": ema.model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "generator": generator.get_state(),
         "history": history,
     }
@@ -514,9 +567,9 @@ def train(args, name=None, after_epoch=lambda: None, check=lambda: None):
             f"--batch-size {args.batch_size}"
         )
     history, name = [], name or time.strftime("%Y-%m-%d_%H-%M-%S")
-    learner = model, ema, optimizer, generator = new_run(args, device)
+    learner = model, ema, optimizers, generator = new_run(args, device)
     if saved:
-        restore(latest, saved, model, ema, optimizer, generator)
+        restore(latest, saved, model, ema, optimizers, generator)
         history, name = saved["history"], saved["name"]
     if len(history) >= args.epochs:
         print(f"{latest} has {len(history)} epochs already; a larger --epochs goes on")

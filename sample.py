@@ -6,9 +6,11 @@ python sample.py --process          noise becoming pictures: process.png, proces
 python sample.py --explain          which shapes the pictures hold: explained.png
 python sample.py --score --steps 50 how many of 500 pictures are clean, as a table
 python sample.py --curve            how many are clean after 5, 10, ... steps: steps.png
+python sample.py --inside           what the U-Net and its attention do: inside.png
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -30,6 +32,7 @@ PRETRAINED = Path(__file__).parent / "assets/pretrained.pt"  # until there are s
 
 STRIP = (1000, 900, 800, 700, 600, 500, 400, 300, 200, 100, 50, 0)  # the t of --process
 GIF_FRAMES = 50
+INSIDE = 300  # the t of --inside: the picture is there, but hard to see
 CURVE = (5, 10, 20, 50, 100, 200)  # the numbers of steps of --curve
 
 
@@ -54,7 +57,7 @@ def parser():
     add(
         "--output",
         metavar="PATH",
-        help="default: samples.png, process.png, explained.png or steps.png",
+        help="default: samples.png, process.png, explained.png, steps.png or inside.png",
     )
     add(
         "--process",
@@ -71,6 +74,11 @@ def parser():
         "--curve",
         action="store_true",
         help="draw how many pictures are clean after few and after many steps",
+    )
+    add(
+        "--inside",
+        action="store_true",
+        help="draw what goes on in the network, for one noisy picture",
     )
     add(
         "--export",
@@ -204,6 +212,75 @@ def save_steps_curve(path, model, schedule, n, seed):
     figure.savefig(path, dpi=120)
 
 
+def attention_weights(attention, seen):
+    """How much each pixel takes from each key, (N, M), the mean over all heads.
+
+    seen: what attention.query and attention.key_value returned for one picture.
+    """
+    q = attention.split(seen[attention.query])  # (1, heads, N, d)
+    k = attention.split(seen[attention.key_value].chunk(2, dim=2)[0])
+    weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(3)
+    return weights.mean(1)[0]
+
+
+def save_inside(path, model, schedule, seed):
+    """Draws one pass through the network: what leaves each level, where attention looks.
+
+    The picture is one of the data, with noise added. Of the many channels of a level those
+    two are shown that differ most from pixel to pixel.
+    """
+    seen = {}  # what each module returned
+    for module in model.modules():
+        module.register_forward_hook(lambda m, _, y: seen.__setitem__(m, y.cpu()))
+    device, t = schedule.beta.device, torch.tensor([INSIDE])
+    x_0 = torch.from_numpy(shapes.to_model(shapes.make_dataset(1, seed=[seed, 3])))
+    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
+    x_t, t = ddpm.q_sample(schedule, x_0.to(device), t, eps.to(device)), t.to(device)
+    found = ddpm.eps_theta(model, schedule, x_t, t)
+    guess = ddpm.predict_x_0(schedule, x_t, t, found)
+
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
+    modules = [*model.down, model.middle3, *model.up]
+    columns = top.subplots(2, len(modules) + 2).T
+    pairs = [torch.cat([x_t.cpu(), x_0])[:, 0]]  # 2 pictures (32, 32) a column
+    titles = [f"$x_t$, t = {INSIDE}; $x_0$"]
+    for place, module in zip(("down",) * 3 + ("middle",) + ("up",) * 3, modules):
+        channels = seen[module][0].float()  # (C, H, W)
+        pairs.append(channels[channels.var((1, 2)).topk(2).indices])  # (2, H, W)
+        titles.append(
+            f"{place}\n{len(channels)} of {channels.shape[1]}x{channels.shape[2]}"
+        )
+    pairs.append(torch.cat([guess, found])[:, 0].cpu())
+    titles.append("guessed\n$x_0$; $\\epsilon$")
+    for column, pair, title in zip(columns, pairs, titles):
+        column[0].set_title(title, fontsize=9)
+        for axes, picture in zip(column, pair):
+            axes.imshow(picture.numpy(), cmap="gray")
+            axes.set(xticks=[], yticks=[])
+
+    # From one white pixel in the middle of those there are: its weights for all keys.
+    white = (x_0[0, 0] > 0).nonzero()
+    pixel = white[len(white) // 2]  # (2,), row and column
+    attentions = [model.middle2, *(level.attention for level in model.up)]
+    panels = bottom.subplots(1, len(attentions) + 1)
+    panels[0].imshow(x_0[0, 0].numpy(), cmap="gray")
+    panels[0].set_title("the query", fontsize=9)
+    for axes, attention in zip(panels[1:], attentions):
+        weights = attention_weights(attention, seen)  # (N, M)
+        queries, keys = (math.isqrt(length) for length in weights.shape)  # sides
+        row, column = (pixel * queries // shapes.SIZE).tolist()
+        corner = (-0.5, shapes.SIZE - 0.5, shapes.SIZE - 0.5, -0.5)
+        picture = weights[row * queries + column].view(keys, keys)
+        axes.imshow(picture.numpy(), cmap="gray", vmin=0, extent=corner)
+        title = f"attention at {queries}x{queries}\n{keys}x{keys} keys"
+        axes.set_title(title, fontsize=9)
+    for axes in panels:
+        axes.plot(*pixel.flip(0).tolist(), "o", color="red", markersize=5)
+        axes.set(xticks=[], yticks=[])
+    figure.savefig(path, dpi=100)
+
+
 def export(path, state):
     """Saves the weights of a checkpoint alone, where there is no file yet."""
     if path.suffix != ".pt":
@@ -237,11 +314,12 @@ def draw_and_save(args):
         ("process", ("process.png", 4, 32)),
         ("explain", ("explained.png", 16, 64)),
         ("curve", ("steps.png", 200, 2000)),
+        ("inside", ("inside.png", 1, 1)),
     ]
     chosen = [(flag, what) for flag, what in chosen if getattr(args, flag)]
     if len(chosen) > 1:
         fail(f"--{chosen[0][0]} and --{chosen[1][0]} are two pictures: take one by one")
-    if args.score and (args.process or args.curve):
+    if args.score and (args.process or args.curve or args.inside):
         fail(f"--score and --{chosen[0][0]} do not go together: take one by one")
     if chosen:
         name, n, most = chosen[0][1]
@@ -267,6 +345,9 @@ def draw_and_save(args):
     schedule, model = ddpm.Schedule(device), model.to(device)
     if args.curve:
         save_steps_curve(path, model, schedule, n, args.seed)
+    elif args.inside:
+        save_inside(path, model, schedule, args.seed)
+    if args.curve or args.inside:
         print(f"saved {path}")
         return
     walk = draw_pictures(model, schedule, n, args.steps, args.seed, every=args.process)

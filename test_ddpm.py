@@ -802,12 +802,12 @@ def test_training_visits_every_t_from_1_to_T(monkeypatch):
     )
     model = torch.nn.Linear(1, 1)
     groups = [{"params": list(model.parameters()), "scale": 1.0}]
-    optimizer, ema = torch.optim.SGD(groups, lr=0.0), ddpm.EMA(model)
+    optimizers, ema = [torch.optim.SGD(groups, lr=0.0)], ddpm.EMA(model)
     for step in range(1, 11):
         train.train_step(
             model,
             ema,
-            optimizer,
+            optimizers,
             SCHEDULE,
             torch.zeros(4000, 1, 1, 1),
             torch.Generator().manual_seed(step),
@@ -819,21 +819,30 @@ def test_training_visits_every_t_from_1_to_T(monkeypatch):
     assert torch.bincount(t)[1:].float().std() < 3 * math.sqrt(40)
 
 
-def test_train_step_is_adam_by_hand(monkeypatch):
-    """Catches: gradients that add up, no clipping, no warm-up, a rate of the wrong layer.
+def stretched(x):
+    """What Muon makes of a matrix, by its singular values: float64 in, float64 out."""
+    u, lengths, v = torch.linalg.svd(x, full_matrices=False)
+    lengths = lengths / lengths.norm()
+    for _ in range(3):
+        lengths = 3.4445 * lengths - 4.775 * lengths**3 + 2.0315 * lengths**5
+    return u * lengths @ v
 
-    Two weight matrices, of 2 and of 8 inputs, and a loss whose gradient is known.
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (4, 6, 3, 3), (9, 5), (5, 9)])
+def test_train_step_is_muon_and_adam_by_hand(shape, monkeypatch):
+    """Catches: gradients that add up, no clipping, no warm-up, a rate of the wrong kind,
+
+    a tall matrix taken for a wide one. A matrix, a vector, and a loss with known gradient.
     """
-    model = torch.nn.Sequential(
-        torch.nn.Linear(2, 8, bias=False), torch.nn.Linear(8, 1, bias=False)
-    )
-    for i, p in enumerate(model.parameters()):
-        p.data = 2 * noise(*p.shape, seed=2 + i)
+    monkeypatch.setattr(ddpm, "fast_bfloat16", lambda device: False)
+    model = torch.nn.Module()
+    model.matrix = torch.nn.Parameter(2 * noise(*shape, seed=2))
+    model.vector = torch.nn.Parameter(2 * noise(1, 8, seed=3))
     weights = [p.detach().double().clone() for p in model.parameters()]
-    slopes = [noise(8, 2).double(), noise(1, 8, seed=1).double()]
+    slopes = [noise(*shape).double(), noise(1, 8, seed=1).double()]
     monkeypatch.setattr(ddpm, "UNet", lambda: model)
     args = train.parse(["--lr", "1e-3"])
-    _, ema, optimizer, generator = train.new_run(args, torch.device("cpu"))
+    _, ema, optimizers, generator = train.new_run(args, torch.device("cpu"))
     # The loss is 0.5 sum slope w^2, so that its gradient changes from step to step.
     monkeypatch.setattr(
         ddpm,
@@ -842,26 +851,91 @@ def test_train_step_is_adam_by_hand(monkeypatch):
             (s.float() * p**2).sum() / 2 for s, p in zip(slopes, model.parameters())
         ),
     )
-    first, second = [0 * w for w in weights], [0 * w for w in weights]
+    average, first, second = 0 * weights[0], 0 * weights[1], 0 * weights[1]
     averages = [w.clone() for w in weights]
+    c_out, c_in = shape[:2]
     for count, step in enumerate((1, 2, 3, 4, 5, 90, 150, 4000), start=1):
         gradients = [s * w for s, w in zip(slopes, weights)]
         length = math.sqrt(sum((g**2).sum().item() for g in gradients))
-        gradients = [g * min(1.0, 1 / (length + 1e-6)) for g in gradients]
-        for i, (g, inputs) in enumerate(zip(gradients, (2, 8))):
-            first[i] = 0.9 * first[i] + 0.1 * g
-            second[i] = 0.99 * second[i] + 0.01 * g**2
-            rate = 1e-3 * min(1, step / 100, math.sqrt(1000 / step)) * 512 / inputs
-            mean = first[i] / (1 - 0.9**count)
-            spread = (second[i] / (1 - 0.99**count)).sqrt()
-            weights[i] = weights[i] - rate * mean / (spread + 1e-8)
-            decay = min(0.9995, (1 + step) / (10 + step))
-            averages[i] = decay * averages[i] + (1 - decay) * weights[i]
+        matrix, vector = (g * min(1.0, 1 / (length + 1e-6)) for g in gradients)
+        rate = 1e-3 * min(1, step / 100, math.sqrt(1000 / step))
+        average = 0.95 * average + 0.05 * matrix
+        x = 0.95 * average + 0.05 * matrix
+        if c_out > c_in:
+            x = x.transpose(0, 1)
+        x = stretched(x.reshape(len(x), -1)).view(x.shape)
+        if c_out > c_in:
+            x = x.transpose(0, 1) * math.sqrt(c_out / c_in)
+        weights[0] = weights[0] - 40 * rate * x
+        first = 0.9 * first + 0.1 * vector
+        second = 0.99 * second + 0.01 * vector**2
+        mean = first / (1 - 0.9**count)
+        spread = (second / (1 - 0.99**count)).sqrt()
+        weights[1] = weights[1] - 8 * rate * mean / (spread + 1e-8)
+        decay = min(0.9995, (1 + step) / (10 + step))
+        averages = [decay * a + (1 - decay) * w for a, w in zip(averages, weights)]
         x_0 = torch.zeros(4, 1, 1, 1)
-        train.train_step(model, ema, optimizer, SCHEDULE, x_0, generator, step, 1e-3)
+        train.train_step(model, ema, optimizers, SCHEDULE, x_0, generator, step, 1e-3)
         got = [*model.parameters(), *ema.model.parameters()]
         for p, w in zip(got, weights + averages):
             assert torch.allclose(p.double(), w, rtol=1e-3, atol=1e-4), step
+
+
+def test_muon_gets_the_matrices_and_adam_the_rest():
+    """Catches: a weight in no group or in two; the first or last layer taken for a matrix."""
+    model = ddpm.UNet()
+    muon, adam = train.optimizers_for(model, 2e-4)
+    assert isinstance(muon, train.Muon) and isinstance(adam, torch.optim.AdamW)
+    groups = [o.param_groups[0]["params"] for o in (muon, adam)]
+    names = [
+        {n for n, p in model.named_parameters() for q in g if p is q} for g in groups
+    ]
+    assert names[0].isdisjoint(names[1])
+    assert names[0] | names[1] == {n for n, _ in model.named_parameters()}
+    weights = {n for n, p in model.named_parameters() if p.ndim > 1}
+    assert names[0] == weights - {"stem.weight", "out.weight"}
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_orthogonal_makes_all_lengths_about_one(fast, monkeypatch):
+    """Catches: a wrong coefficient, too few rounds, a precision that does not do."""
+    monkeypatch.setattr(ddpm, "fast_bfloat16", lambda device: fast)
+    u, _, v = torch.linalg.svd(noise(8, 30), full_matrices=False)
+    matrix = u * torch.linspace(0.1, 2, 8) @ v
+    x = train.orthogonal(1000 * matrix)
+    assert x.dtype == torch.float32
+    assert torch.allclose(x, train.orthogonal(matrix), atol=0.02)
+    lengths = torch.linalg.svdvals(x)
+    assert lengths.min() > 0.6 and lengths.max() < 1.3
+    assert (u.T @ x @ v.T).diagonal().min() > 0.6
+    assert torch.equal(train.orthogonal(0 * matrix), 0 * matrix)
+
+
+def test_mirror_gives_all_eight_mirror_images_alike():
+    """Catches: pictures that are mixed up or lost, the same coin for a whole batch."""
+    picture = noise(1, 1, 32, 32)
+    eight = {}
+    for k in range(4):
+        for turned in (picture.rot90(k, (2, 3)), picture.flip(3).rot90(k, (2, 3))):
+            eight[turned.contiguous().numpy().tobytes()] = 0
+    x = train.mirror(picture.expand(4000, -1, -1, -1), torch.Generator().manual_seed(0))
+    assert x.shape == (4000, 1, 32, 32)
+    for y in x:
+        eight[y.contiguous().numpy().tobytes()] += 1
+    assert len(eight) == 8 and all(400 < n < 600 for n in eight.values())
+
+
+def test_a_mirrored_picture_is_still_one_of_shapes():
+    """Catches: a drawing rule that favours a side.
+
+    A few lines and triangles, one in a hundred pictures, differ from their mirror image by
+    pixels that lie just on the edge.
+    """
+    x = torch.from_numpy(shapes.to_model(shapes.make_dataset(500, seed=4)))
+    x = train.mirror(x, torch.Generator().manual_seed(0))
+    kinds, _, differ = shapes.explain_all(x[:, 0] > 0)
+    assert (differ == 0).mean() > 0.98
+    assert shapes.is_clean(kinds, differ).mean() > 0.99
 
 
 def test_ema_by_hand_and_the_schedule_is_left_alone():
@@ -917,7 +991,7 @@ def same(a, b):
     return a == b
 
 
-LEARNED = ("model", "ema", "optimizer", "generator", "epoch", "step")
+LEARNED = ("model", "ema", "optimizers", "generator", "epoch", "step")
 
 
 def test_two_epochs_and_two_more_are_four(tiny, monkeypatch, tmp_path):
@@ -941,10 +1015,11 @@ def test_each_epoch_shuffles_anew(tiny, monkeypatch, tmp_path):
     batches = []
     original = train.train_step
     monkeypatch.setattr(train, "seconds_per_step", lambda *a: 1.0)
+    monkeypatch.setattr(train, "mirror", lambda x_0, generator: x_0)
 
-    def spy(model, ema, optimizer, schedule, x_0, *rest):
+    def spy(model, ema, optimizers, schedule, x_0, *rest):
         batches.append(x_0.clone())
-        return original(model, ema, optimizer, schedule, x_0, *rest)
+        return original(model, ema, optimizers, schedule, x_0, *rest)
 
     monkeypatch.setattr(train, "train_step", spy)
     run_train(monkeypatch, tmp_path, "--epochs", "2")
@@ -1020,7 +1095,7 @@ except OSError:
 
 
 @pytest.mark.parametrize(
-    "what", ["run", "history", "optimizer", "settings", "generator", "model"]
+    "what", ["run", "history", "muon", "adam", "settings", "one", "generator", "model"]
 )
 def test_a_checkpoint_that_cannot_be_resumed_says_so(what, tiny, monkeypatch, tmp_path):
     """Catches: a traceback, or worse: an optimizer that reads beyond its tensors."""
@@ -1029,11 +1104,16 @@ def test_a_checkpoint_that_cannot_be_resumed_says_so(what, tiny, monkeypatch, tm
         state["run"]["batch_size"] = 0
     elif what == "history":
         state["history"] = [{"epoch": 1}]
-    elif what == "optimizer":
-        for average in state["optimizer"]["state"].values():
+    elif what == "muon":
+        for average in state["optimizers"][0]["state"].values():
+            average["average"] = torch.zeros(1)
+    elif what == "adam":
+        for average in state["optimizers"][1]["state"].values():
             average["exp_avg"] = torch.zeros(1)
     elif what == "settings":
-        state["optimizer"]["param_groups"][0].pop("scale")
+        state["optimizers"][0]["param_groups"][0].pop("scale")
+    elif what == "one":
+        state["optimizers"].pop()
     elif what == "generator":
         state["generator"] = torch.zeros(3)
     else:
@@ -1124,6 +1204,8 @@ def test_sampling_from_the_command_line(trained, monkeypatch, capsys):
     ):
         assert row in out
     assert (trained / "explained.png").exists()
+    run("--inside")
+    assert (trained / "inside.png").read_bytes()[:4] == b"\x89PNG"
     state, model = train.load_checkpoint(trained / "checkpoints/best.pt")
     assert same(dict(model.state_dict()), state["ema"])
     # And once as a process of its own.
@@ -1133,6 +1215,23 @@ def test_sampling_from_the_command_line(trained, monkeypatch, capsys):
     assert "pictures per second" in out
     assert (trained / "process.png").read_bytes()[:4] == b"\x89PNG"
     assert (trained / "process.gif").read_bytes()[:4] == b"GIF8"
+
+
+def test_attention_is_drawn_as_the_network_computes_it():
+    """Catches: weights over the wrong axis, queries taken for keys, a wrong scale."""
+    torch.manual_seed(0)
+    attention = ddpm.Attention(16, 16).requires_grad_(False)
+    torch.nn.init.normal_(attention.out.weight)
+    seen, x = {}, noise(1, 16, 16, 16)
+    for layer in (attention.query, attention.key_value):
+        layer.register_forward_hook(lambda m, _, y: seen.__setitem__(m, y))
+    y = attention(x) - x
+    weights = sample.attention_weights(attention, seen)
+    assert weights.shape == (256, 64)
+    assert torch.allclose(weights.sum(1), torch.ones(256))
+    values = seen[attention.key_value][0, :, 16:]  # (64, 16), one head
+    again = attention.out(weights @ values)  # (256, 16)
+    assert torch.allclose(y[0].flatten(1).T, again, atol=1e-5)
 
 
 def test_the_other_scripts_run(trained):
@@ -1299,7 +1398,7 @@ def whole_checkpoint():
         "name": "x",
         "model": model.state_dict(),
         "ema": model.state_dict(),
-        "optimizer": {},
+        "optimizers": [],
         "generator": torch.zeros(1),
         "history": [],
     }
@@ -1487,6 +1586,8 @@ BAD = [
     ("sample.py", "--output", "picture.docx"),
     ("sample.py", "--process", "--explain"),
     ("sample.py", "--curve", "--score"),
+    ("sample.py", "--inside", "--score"),
+    ("sample.py", "--inside", "--n", "2"),
     ("sample.py", "--export", "a_file"),
     ("sample.py", "--export", "a_file.pt"),
     ("sample.py", "--export", ""),

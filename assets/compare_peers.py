@@ -65,14 +65,14 @@ class Ours:
     def __init__(self):
         self.args = train.parse(["--device", "cpu"])
         run = train.new_run(self.args, torch.device("cpu"))
-        self.model, self.ema, self.optimizer, self.generator = run
+        self.model, self.ema, self.optimizers, self.generator = run
         self.schedule = ddpm.Schedule()
 
     def step(self, x_0, step, share):
         return train.train_step(
             self.model,
             self.ema,
-            self.optimizer,
+            self.optimizers,
             self.schedule,
             x_0,
             self.generator,

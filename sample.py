@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.animation import PillowWriter
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -89,7 +90,7 @@ def parser():
     add(
         "--n",
         type=number(int, 1, 2000),
-        help="how many pictures; default: 16, with --process 4, with --score 500, "
+        help="how many pictures; default: 16, with --process 4, with --inside 1, with --score 500, "
         "with --curve 200",
     )
     add(
@@ -175,6 +176,10 @@ def draw_pictures(model, schedule, n, steps, seed, every=False, eta=None):
 def print_score(x, run, schedule, steps, seed):
     """Prints the score of x beside real pictures, an untrained network and pure noise."""
     training = shapes.make_dataset(run["samples"], seed=run["seed"])
+    # With all mirror images, of which training has seen some.
+    training = np.concatenate([training, training[:, :, ::-1]])
+    training = np.concatenate([training, training[:, ::-1]])
+    training = np.concatenate([training, training.transpose(0, 2, 1)])  # (8 n, 32, 32)
     held_out = shapes.to_model(shapes.make_dataset(len(x), seed=[run["seed"], 2]))
     print("the same with an untrained network, to compare:")
     untrained = ddpm.UNet().requires_grad_(False).to(schedule.beta.device)
@@ -227,7 +232,7 @@ def save_inside(path, model, schedule, seed):
     """Draws one pass through the network: what leaves each level, where attention looks.
 
     The picture is one of the data, with noise added. Of the many channels of a level those
-    two are shown that differ most from pixel to pixel.
+    two are shown that differ most from pixel to pixel. Each panel has its own scale.
     """
     seen = {}  # what each module returned
     for module in model.modules():

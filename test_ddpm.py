@@ -885,7 +885,7 @@ def test_muon_gets_the_matrices_and_adam_the_rest():
     """Catches: a weight in no group or in two; the first or last layer taken for a matrix."""
     model = ddpm.UNet()
     muon, adam = train.optimizers_for(model, 2e-4)
-    assert isinstance(muon, train.Muon) and isinstance(adam, torch.optim.AdamW)
+    assert isinstance(muon, train.Muon) and isinstance(adam, torch.optim.Adam)
     groups = [o.param_groups[0]["params"] for o in (muon, adam)]
     names = [
         {n for n, p in model.named_parameters() for q in g if p is q} for g in groups

@@ -29,7 +29,7 @@ from shapes import fail, number
 
 FORMAT = 3  # of a checkpoint; raise it when old ones can no longer be read
 RUN = ("epochs", "samples", "batch_size", "lr", "seed")  # the flags that define a run
-WARMUP = 100  # steps in which the learning rate rises: Adam's averages are empty
+WARMUP = 100  # steps in which the learning rate rises: the first gradients mislead
 CONSTANT = 1000  # steps after which it falls, as 1 / sqrt(step)
 MATRICES, OTHERS = 40, 8  # what --lr is multiplied with, see optimizers_for
 SAMPLE_EVERY = 5  # epochs between two grids of samples
@@ -65,7 +65,7 @@ def parser():
         "--lr",
         type=number(float, 1e-12, 1e3),
         default=2e-4,
-        help="learning rate after warm-up, times 40 for matrices, 8 for the rest",
+        help="learning rate; at its peak 40 times this for matrices, 8 times for the rest",
     )
     p.add_argument(
         "--resume",
@@ -144,7 +144,7 @@ TO_RESUME = {
 
 
 def export_weights(path, state):
-    """Writes what is needed to sample, in half precision: an eighth of a checkpoint."""
+    """Writes what is needed to sample, in half precision: a sixth of a checkpoint."""
     small = {key: state[key] for key in TO_SAMPLE}
     small["ema"] = {name: p.half() for name, p in state["ema"].items()}
     save_checkpoint(path, small)
@@ -204,7 +204,7 @@ def check_run(state, resume):
         raise ValueError("its flags are not those of a run")
     if not resume:
         return
-    if Path(state["name"]).name != state["name"]:
+    if Path(state["name"]).name != state["name"] or state["name"] in ("", ".."):
         raise ValueError("its name is not that of a folder")
     rows = state["history"]
     if len(rows) != state["epoch"]:
@@ -275,10 +275,11 @@ def save_curve(path, history):
 
 
 def orthogonal(matrix):
-    """About U V^T, where U S V^T is the matrix (rows <= columns): every length becomes 1.
+    """About U V^T, where U S V^T is the matrix: all its singular values become about 1.
 
-    Three rounds of a polynomial that works on the lengths in S, which are at most 1 to
-    begin with: what was above 0.03 ends between 0.65 and 1.25. No decomposition is needed.
+    Divided by the norm they are at most 1. Then three rounds of an odd polynomial, which
+    acts on each of them and needs no decomposition, bring those above 0.03 to between 0.65
+    and 1.25; smaller ones grow 41 times at most. (Jordan et al. take five rounds.)
     """
     dtype = torch.bfloat16 if ddpm.fast_bfloat16(matrix.device.type) else torch.float32
     x = (matrix / (matrix.norm() + 1e-7)).to(dtype)
@@ -289,11 +290,12 @@ def orthogonal(matrix):
 
 
 class Muon(torch.optim.Optimizer):
-    """For weights that are matrices, or convolutions (Jordan et al. 2024, Muon).
+    """An optimizer for matrices (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    The gradient of a matrix is large in a few directions and small in most. Adam, which
-    looks at each number alone, keeps it so; Muon moves as far in all directions.
-    torch.optim.Muon takes no convolutions, and needs a fast bfloat16.
+    The gradient of a matrix is large in a few directions and small in most. Adam scales
+    each number alone and largely keeps it so; Muon moves about equally far in all of them.
+    torch.optim.Muon takes no convolutions, and computes in bfloat16 everywhere, also where
+    that is slow.
     """
 
     def __init__(self, groups):
@@ -303,32 +305,37 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
+                if p.grad is None:
+                    continue
                 state = self.state[p]
                 if not state:
                     state["average"] = torch.zeros_like(p)
                 state["average"].lerp_(p.grad, 1 - group["momentum"])
+                # The newest gradient once more: Nesterov's momentum.
                 x = p.grad.lerp(state["average"], group["momentum"])
+                # A convolution (c_out, c_in, 3, 3) becomes a matrix whose rows are the
+                # channels of the narrower side; the more rows, the more work.
                 c_out, c_in = p.shape[:2]
-                if c_out > c_in:  # the shorter side first: less work
+                if c_out > c_in:
                     x = x.transpose(0, 1)  # (c_in, c_out, ...)
                 x = orthogonal(x.flatten(1)).view(x.shape)
                 if c_out > c_in:
                     x = x.transpose(0, 1)  # (c_out, c_in, ...)
+                # With more outputs than inputs each output gets less: make up for that.
                 p.add_(x, alpha=-group["lr"] * math.sqrt(max(1, c_out / c_in)))
 
 
 def optimizers_for(model, lr):
-    """Muon for the matrices, AdamW for biases, norms, and the first and the last layer.
+    """Muon for the matrices; Adam for biases, norms, and the first and last layer.
 
-    These two have a single channel on one side: vectors, not matrices. Each group has its
-    "scale", which is multiplied with --lr.
+    Those two have a single channel on one side, and would be matrices of a single row. The
+    "scale" of a group is what train_step multiplies --lr with: the numbers in a step of
+    Muon are far below 1, those in one of Adam about 1.
     """
     is_matrix = {p: p.ndim > 1 and min(p.shape[:2]) > 1 for p in model.parameters()}
     matrices = {"params": [p for p in is_matrix if is_matrix[p]], "scale": MATRICES}
     others = {"params": [p for p in is_matrix if not is_matrix[p]], "scale": OTHERS}
-    adam = torch.optim.AdamW(
-        [others], lr, betas=(0.9, 0.99), weight_decay=0, fused=True
-    )
+    adam = torch.optim.Adam([others], lr, betas=(0.9, 0.99), fused=True)
     return Muon([matrices]), adam
 
 
@@ -351,10 +358,11 @@ def new_run(args, device):
 
 
 def mirror(x_0, generator):
-    """Mirrors each picture at random: left to right, top to bottom, at the diagonal.
+    """Mirrors each picture at random: left to right, top to bottom, at the main diagonal.
 
-    The mirror image of a shape is a shape: eight pictures for one, and nobody has to draw
-    them. x_0: float (B, 1, 32, 32), returns the same.
+    The mirror image of a shape is a shape, but for a few pixels on an edge in one of a
+    hundred pictures: eight pictures for one, and nobody has to draw them. (Ho, Appendix B,
+    mirrors left to right.) x_0: float (B, 1, 32, 32), returns the same shape.
     """
     size, device = (3, len(x_0), 1, 1, 1), x_0.device
     coins = torch.rand(size, generator=generator, device=device) < 0.5
@@ -364,18 +372,21 @@ def mirror(x_0, generator):
 
 
 def train_step(model, ema, optimizers, schedule, x_0, generator, step, lr):
-    """Algorithm 1, one step: returns the loss, a 0-d tensor still on the device."""
+    """Algorithm 1, one step, with clipped gradients; then the EMA.
+
+    step: counts from 1. lr: --lr. Returns the loss, a 0-d tensor still on the device.
+    """
     B, device = len(x_0), x_0.device
     t = torch.randint(1, ddpm.T + 1, (B,), device=device, generator=generator)
     eps = torch.randn(x_0.shape, device=device, generator=generator)
-    shape = min(1, step / WARMUP, math.sqrt(CONSTANT / step))
+    factor = min(1, step / WARMUP, math.sqrt(CONSTANT / step))
     loss = ddpm.loss_fn(model, schedule, x_0, t, eps)
     model.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr * shape * group["scale"]
+            group["lr"] = lr * factor * group["scale"]
         optimizer.step()
     ema.update(model, step)
     return loss.detach()
@@ -407,12 +418,12 @@ def restore(path, saved, model, ema, optimizers, generator):
                 settings = set(was) - {"lr", "params"}
                 if any(group[key] != was[key] for key in settings):
                     raise ValueError("an optimizer with other settings")
-            # The optimizers themselves do not look at shapes.
+            # load_state_dict does not compare shapes, and a step might read beyond a tensor.
             muon = isinstance(optimizer, Muon)
             averages = ("average",) if muon else ("exp_avg", "exp_avg_sq")
             for p in groups[0]["params"]:
                 state = optimizer.state[p]
-                if any(state[key].shape != p.shape for key in averages):
+                if state and any(state[key].shape != p.shape for key in averages):
                     raise ValueError("averages and weights of different shapes")
     except Exception as e:  # noqa: BLE001, as above
         fail(f"{path} cannot be resumed ({reason(e)})")
@@ -420,7 +431,7 @@ def restore(path, saved, model, ema, optimizers, generator):
         generator.set_state(saved["generator"])
     except (RuntimeError, TypeError):
         fail(
-            f"{path} comes from another kind of device than {generator.device}; go on there"
+            f"{path} was saved on another kind of device than {generator.device}; go on on that kind"
         )
 
 
@@ -499,7 +510,7 @@ def open_folders(args, name, step, new):
 
 
 def train_epoch(learner, schedule, data, args, step, bar, check):
-    """All pictures once, in a new order. Returns the losses of the steps, a list."""
+    """The pictures once, in a new order. Returns the losses of the steps, a list."""
     model, ema, optimizers, generator = learner
     losses, start = [], time.perf_counter()
     order = torch.randperm(len(data), generator=generator, device=data.device)
@@ -631,7 +642,11 @@ def how_to_resume(args):
     """The command line that goes on where this run was stopped."""
     words = ["python", "train.py", "--resume"]
     for flag in ("epochs", "device", "checkpoints", "logs"):
-        if getattr(args, flag) not in (None, parser().get_default(flag)):
+        # A resumed run may have been meant to be longer than the default.
+        default = (
+            None if args.resume and flag == "epochs" else parser().get_default(flag)
+        )
+        if getattr(args, flag) not in (None, default):
             words += [f"--{flag}", str(getattr(args, flag))]
     return shlex.join(words)
 

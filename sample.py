@@ -90,8 +90,8 @@ def parser():
     add(
         "--n",
         type=number(int, 1, 2000),
-        help="how many pictures; default: 16, with --process 4, with --inside 1, with --score 500, "
-        "with --curve 200",
+        help="how many pictures; default: 16, with --process 4, with --inside 1, "
+        "with --score 500, with --curve 200",
     )
     add(
         "--steps",
@@ -234,8 +234,11 @@ def save_inside(path, model, schedule, seed):
     The picture is one of the data, with noise added. Of the many channels of a level those
     two are shown that differ most from pixel to pixel. Each panel has its own scale.
     """
-    seen = {}  # what each module returned
-    for module in model.modules():
+    levels = [*model.down, model.middle3, *model.up]
+    attentions = [model.middle2, *(level.attention for level in model.up)]
+    layers = [layer for a in attentions for layer in (a.query, a.key_value)]
+    seen = {}  # what each of these returned
+    for module in levels + layers:
         module.register_forward_hook(lambda m, _, y: seen.__setitem__(m, y.cpu()))
     device, t = schedule.beta.device, torch.tensor([INSIDE])
     x_0 = torch.from_numpy(shapes.to_model(shapes.make_dataset(1, seed=[seed, 3])))
@@ -246,12 +249,11 @@ def save_inside(path, model, schedule, seed):
 
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
-    modules = [*model.down, model.middle3, *model.up]
-    columns = top.subplots(2, len(modules) + 2).T
+    columns = top.subplots(2, len(levels) + 2).T
     pairs = [torch.cat([x_t.cpu(), x_0])[:, 0]]  # 2 pictures (32, 32) a column
     titles = [f"$x_t$, t = {INSIDE}; $x_0$"]
-    for place, module in zip(("down",) * 3 + ("middle",) + ("up",) * 3, modules):
-        channels = seen[module][0].float()  # (C, H, W)
+    for place, level in zip(("down",) * 3 + ("middle",) + ("up",) * 3, levels):
+        channels = seen[level][0].float()  # (C, H, W)
         pairs.append(channels[channels.var((1, 2)).topk(2).indices])  # (2, H, W)
         titles.append(
             f"{place}\n{len(channels)} of {channels.shape[1]}x{channels.shape[2]}"
@@ -267,7 +269,7 @@ def save_inside(path, model, schedule, seed):
     # From one white pixel in the middle of those there are: its weights for all keys.
     white = (x_0[0, 0] > 0).nonzero()
     pixel = white[len(white) // 2]  # (2,), row and column
-    attentions = [model.middle2, *(level.attention for level in model.up)]
+    corner = (-0.5, shapes.SIZE - 0.5, shapes.SIZE - 0.5, -0.5)
     panels = bottom.subplots(1, len(attentions) + 1)
     panels[0].imshow(x_0[0, 0].numpy(), cmap="gray")
     panels[0].set_title("the query", fontsize=9)
@@ -275,7 +277,6 @@ def save_inside(path, model, schedule, seed):
         weights = attention_weights(attention, seen)  # (N, M)
         queries, keys = (math.isqrt(length) for length in weights.shape)  # sides
         row, column = (pixel * queries // shapes.SIZE).tolist()
-        corner = (-0.5, shapes.SIZE - 0.5, shapes.SIZE - 0.5, -0.5)
         picture = weights[row * queries + column].view(keys, keys)
         axes.imshow(picture.numpy(), cmap="gray", vmin=0, extent=corner)
         title = f"attention at {queries}x{queries}\n{keys}x{keys} keys"
@@ -284,6 +285,22 @@ def save_inside(path, model, schedule, seed):
         axes.plot(*pixel.flip(0).tolist(), "o", color="red", markersize=5)
         axes.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=100)
+
+
+def save_samples(path, args, model, schedule, run, n):
+    """Draws n pictures from noise; saves them, how they came about, or what they show."""
+    walk = draw_pictures(model, schedule, n, args.steps, args.seed, every=args.process)
+    x = walk[-1][1]  # (n, 1, 32, 32)
+    if args.score:
+        print_score(x, run, schedule, args.steps, args.seed)
+    if args.process:
+        show_process(walk, path)
+    elif args.explain:
+        shapes.save_explained(path, x[:64])
+    else:
+        shapes.save_picture(
+            path, shapes.tile(shapes.from_model(x), columns=8 if n <= 64 else 32)
+        )
 
 
 def export(path, state):
@@ -324,7 +341,7 @@ def draw_and_save(args):
     chosen = [(flag, what) for flag, what in chosen if getattr(args, flag)]
     if len(chosen) > 1:
         fail(f"--{chosen[0][0]} and --{chosen[1][0]} are two pictures: take one by one")
-    if args.score and (args.process or args.curve or args.inside):
+    if args.score and any(flag != "explain" for flag, _ in chosen):
         fail(f"--score and --{chosen[0][0]} do not go together: take one by one")
     if chosen:
         name, n, most = chosen[0][1]
@@ -352,21 +369,8 @@ def draw_and_save(args):
         save_steps_curve(path, model, schedule, n, args.seed)
     elif args.inside:
         save_inside(path, model, schedule, args.seed)
-    if args.curve or args.inside:
-        print(f"saved {path}")
-        return
-    walk = draw_pictures(model, schedule, n, args.steps, args.seed, every=args.process)
-    x = walk[-1][1]  # (n, 1, 32, 32)
-    if args.score:
-        print_score(x, state["run"], schedule, args.steps, args.seed)
-    if args.process:
-        show_process(walk, path)
-    elif args.explain:
-        shapes.save_explained(path, x[:64])
     else:
-        shapes.save_picture(
-            path, shapes.tile(shapes.from_model(x), columns=8 if n <= 64 else 32)
-        )
+        save_samples(path, args, model, schedule, state["run"], n)
     print(
         f"saved {path}" + (f" and {path.with_suffix('.gif')}" if args.process else "")
     )

@@ -1095,7 +1095,18 @@ except OSError:
 
 
 @pytest.mark.parametrize(
-    "what", ["run", "history", "muon", "adam", "settings", "one", "generator", "model"]
+    "what",
+    [
+        "run",
+        "history",
+        "muon",
+        "adam",
+        "forgotten",
+        "settings",
+        "one",
+        "generator",
+        "model",
+    ],
 )
 def test_a_checkpoint_that_cannot_be_resumed_says_so(what, tiny, monkeypatch, tmp_path):
     """Catches: a traceback, or worse: an optimizer that reads beyond its tensors."""
@@ -1110,6 +1121,8 @@ def test_a_checkpoint_that_cannot_be_resumed_says_so(what, tiny, monkeypatch, tm
     elif what == "adam":
         for average in state["optimizers"][1]["state"].values():
             average["exp_avg"] = torch.zeros(1)
+    elif what == "forgotten":
+        state["optimizers"][0]["state"].clear()
     elif what == "settings":
         state["optimizers"][0]["param_groups"][0].pop("scale")
     elif what == "one":

@@ -414,24 +414,26 @@ def restore(path, saved, model, ema, optimizers, generator):
         for optimizer, old in zip(optimizers, saved["optimizers"], strict=True):
             groups = [dict(group) for group in optimizer.param_groups]
             optimizer.load_state_dict(old)
+            muon = isinstance(optimizer, Muon)
+            averages = ("average",) if muon else ("exp_avg", "exp_avg_sq")
             for group, was in zip(optimizer.param_groups, groups):
                 settings = set(was) - {"lr", "params"}
                 if any(group[key] != was[key] for key in settings):
                     raise ValueError("an optimizer with other settings")
-            # load_state_dict does not compare shapes, and a step might read beyond a tensor.
-            muon = isinstance(optimizer, Muon)
-            averages = ("average",) if muon else ("exp_avg", "exp_avg_sq")
-            for p in groups[0]["params"]:
-                state = optimizer.state[p]
-                if state and any(state[key].shape != p.shape for key in averages):
-                    raise ValueError("averages and weights of different shapes")
+                # load_state_dict does not compare shapes; a step might read beyond a tensor.
+                for p in group["params"]:
+                    if any(
+                        optimizer.state[p][key].shape != p.shape for key in averages
+                    ):
+                        raise ValueError("averages and weights of different shapes")
     except Exception as e:  # noqa: BLE001, as above
         fail(f"{path} cannot be resumed ({reason(e)})")
     try:
         generator.set_state(saved["generator"])
     except (RuntimeError, TypeError):
         fail(
-            f"{path} was saved on another kind of device than {generator.device}; go on on that kind"
+            f"{path} was saved on another kind of device than {generator.device}; "
+            "resume it on that kind"
         )
 
 

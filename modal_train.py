@@ -1,11 +1,9 @@
 """Trains on a cloud GPU: modal run modal_train.py --epochs 200 --batch-size 128
 
-The training is train.py's own, only elsewhere: on an A100 at modal.com, with a volume named
-diffusion-checkpoints in place of the folder checkpoints/. Your own machine needs nothing
-but modal. Fetch the result with
+The training is train.py's own, on an A100 at modal.com, with a volume named diffusion-checkpoints
+in place of the folder checkpoints/. Your machine needs nothing but modal. Fetch the result with
 
     modal volume get diffusion-checkpoints best.pt ./checkpoints/
-    modal volume get diffusion-checkpoints latest.pt ./checkpoints/
 """
 
 import time
@@ -24,39 +22,23 @@ image = (
 )
 
 
-@app.function(
-    image=image, gpu="A100", volumes={FOLDER: volume}, timeout=24 * 3600, retries=3
-)
-def train_in_cloud(flags, resume, name, folder=FOLDER):
-    """Trains with train.py's flags, a dictionary; name tells this run from others.
-
-    Modal may stop a machine at any time and start the function again with the same
-    arguments. If the volume then holds a checkpoint of this very run, it goes on from it.
-    """
+@app.function(image=image, gpu="A100", volumes={FOLDER: volume}, timeout=24 * 3600, retries=3)
+def train_in_cloud(flags, name, folder=FOLDER):
+    """Runs train.py with these flags, a list of words. name: tells this run from others."""
     from pathlib import Path
+
+    import torch
 
     import train
 
-    # Only flags that differ from the default count as given, as on a command line.
-    default = train.parser().get_default
-    given = [
-        f"--{f.replace('_', '-')}={v}" for f, v in flags.items() if v != default(f)
-    ]
-    given += ["--resume"] * resume + [
-        "--checkpoints",
-        folder,
-        "--logs",
-        f"{folder}/logs",
-    ]
-    args = train.parse(given)
+    # Modal may stop a machine at any time and call the function again with the same arguments. If
+    # the volume then holds a checkpoint of this very run, the run goes on from there.
     latest = Path(folder) / "latest.pt"
-    try:
-        if train.load_checkpoint(latest, resume=True)[0]["name"] == name:
-            args.resume = True
-    except SystemExit:  # none, or one that this program cannot read: not of this run
-        pass
+    saved = torch.load(latest, "cpu", weights_only=True) if latest.exists() else {}
+    if saved.get("name") == name and "--resume" not in flags:
+        flags = [*flags, "--resume"]
     commit = (lambda: None) if modal.is_local() else volume.commit
-    train.train(args, name, after_epoch=commit)
+    train.train([*flags, "--checkpoints", folder, "--logs", f"{folder}/logs"], name, commit)
 
 
 @app.local_entrypoint()
@@ -70,6 +52,6 @@ def main(
     device: str = "auto",
 ):
     """Train a diffusion model on 32x32 pictures of shapes on an A100 at modal.com."""
-    flags = {"epochs": epochs, "samples": samples, "batch_size": batch_size}
-    flags |= {"lr": lr, "seed": seed, "device": device}
-    train_in_cloud.remote(flags, resume, time.strftime("%Y-%m-%d_%H-%M-%S"))
+    flags = ["--epochs", epochs, "--samples", samples, "--batch-size", batch_size, "--lr", lr]
+    flags += ["--seed", seed, "--device", device, *["--resume"] * resume]
+    train_in_cloud.remote([str(flag) for flag in flags], time.strftime("%Y-%m-%d_%H-%M-%S"))

@@ -1,115 +1,97 @@
 """Turns noise into pictures with a trained network: python sample.py
 
 python sample.py                    a grid of 16 pictures: samples.png
-python sample.py --steps 50         the same in 50 DDIM steps instead of 1000
+python sample.py --steps 50         the same in 50 steps instead of 1000
 python sample.py --process          noise becoming pictures: process.png, process.gif
-python sample.py --explain          which shapes the pictures hold: explained.png
-python sample.py --score --steps 50 how many of 500 pictures are clean, as a table
-python sample.py --curve            how many are clean after 5, 10, ... steps: steps.png
+python sample.py --explain          every shape in the colour of its kind: explained.png
+python sample.py --score --steps 50 how many of 500 pictures are right, as a table
+python sample.py --curve            how many are right after 5, 10, ... steps: steps.png
 python sample.py --inside           what the U-Net and its attention do: inside.png
 """
 
 import argparse
 import math
-import os
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.animation import PillowWriter
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from PIL import Image
 from tqdm import tqdm
 
 import ddpm
 import shapes
-from shapes import fail, number
-from train import export_weights, load_checkpoint, pick_device
 
 TRAINED = Path("checkpoints/best.pt")  # where train.py leaves its weights
 PRETRAINED = Path(__file__).parent / "assets/pretrained.pt"  # until there are some
 
+# What can be drawn: the file, how many pictures if --n is not given, and how many at most.
+DRAWN = {
+    "samples": ("samples.png", 16, 2000),
+    "process": ("process.png", 4, 16),
+    "explain": ("explained.png", 16, 256),
+    "score": (None, 500, 10_000),
+    "curve": ("steps.png", 200, 2000),
+    "inside": ("inside.png", 1, 1),
+}
 STRIP = (1000, 900, 800, 700, 600, 500, 400, 300, 200, 100, 50, 0)  # the t of --process
 GIF_FRAMES = 50
-INSIDE = 300  # the t of --inside: the picture is there, but hard to see
 CURVE = (5, 10, 20, 50, 100, 200)  # the numbers of steps of --curve
+INSIDE = 300  # the t of --inside: the picture is there, but hard to see
+COLOURS = {"circle": "orange", "rectangle": "deepskyblue", "triangle": "limegreen"}
+COLOURS |= {"line": "violet", None: "red"}
 
 
 def parser():
     """The flags of sample.py."""
-    p = argparse.ArgumentParser(
-        description="Draw pictures with a trained diffusion model."
-    )
-
-    def add(*names, **how):
-        how["help"] += (
-            " (default: %(default)s)" if how.get("default") is not None else ""
-        )
-        p.add_argument(*names, **how)
-
-    add(
+    p = argparse.ArgumentParser(description="Draw pictures with a trained diffusion model.")
+    what = p.add_mutually_exclusive_group()
+    for names, text in (
+        (("--process", "--show-process"), "draw noise becoming pictures"),
+        (("--explain",), "draw every shape in the colour of its kind, what is none in red"),
+        (("--score",), "print how many pictures are right"),
+        (("--curve",), "draw how many pictures are right after few and after many steps"),
+        (("--inside",), "draw what goes on in the network, for one noisy picture"),
+    ):
+        name = names[0][2:]
+        what.add_argument(*names, dest="what", action="store_const", const=name, help=text)
+    p.add_argument(
         "--checkpoint",
         metavar="PATH",
-        help="the weights; default: checkpoints/best.pt, or assets/pretrained.pt "
-        "as long as there is none",
+        help=f"default: {TRAINED} if it is there, else "
+        "the weights that come along, assets/pretrained.pt",
     )
-    add(
-        "--output",
-        metavar="PATH",
-        help="default: samples.png, process.png, explained.png, steps.png or inside.png",
-    )
-    add(
-        "--process",
-        "--show-process",
-        action="store_true",
-        help="draw noise becoming pictures",
-    )
-    add(
-        "--explain",
-        action="store_true",
-        help="outline the shapes found in each picture",
-    )
-    add(
-        "--curve",
-        action="store_true",
-        help="draw how many pictures are clean after few and after many steps",
-    )
-    add(
-        "--inside",
-        action="store_true",
-        help="draw what goes on in the network, for one noisy picture",
-    )
-    add(
-        "--export",
-        metavar="PATH",
-        help="save the weights alone, in half precision, and draw nothing",
-    )
-    add("--score", action="store_true", help="print how many pictures are clean")
-    add(
-        "--n",
-        type=number(int, 1, 2000),
-        help="how many pictures; default: 16, with --process 4, with --inside 1, "
-        "with --score 500, with --curve 200",
-    )
-    add(
-        "--steps",
-        type=number(int, 1, ddpm.T),
-        default=ddpm.T,
-        help="1000 is Algorithm 2, fewer steps are DDIM",
-    )
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the noise")
-    add(
-        "--device",
-        default="auto",
-        help="cuda, mps, cpu, or auto for the first there is",
-    )
+    p.add_argument("--output", metavar="PATH", help="a .png; default: a name for each picture")
+    p.add_argument("--n", type=int, help="how many pictures")
+    p.add_argument("--steps", type=int, default=ddpm.T, help="1000 is Algorithm 2, fewer are DDIM")
+    p.add_argument("--eta", type=float, default=1.0, help="share of fresh noise: 1, or 0 for none")
+    p.add_argument("--seed", type=int, default=0, help="of the noise")
+    p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     return p
 
 
-def show_process(walk, path):
-    """Saves a strip of x_t, with the guessed x_0 below each, and a GIF of the same.
+def draw(model, schedule, n, steps, eta, seed, every=False):
+    """Walks from noise to n pictures, with a progress bar.
+
+    Returns a list of (t, x_t, guess of x_0) on the CPU: the whole walk if every, else its end.
+    """
+    device = schedule.beta.device
+    generator = torch.Generator().manual_seed(seed)
+    x_T = torch.randn(n, 1, shapes.SIZE, shapes.SIZE, generator=generator).to(device)
+    walk, start = [], time.perf_counter()
+    process = ddpm.reverse_process(model, schedule, x_T, steps, eta, generator)
+    for t, x_t, x_0 in tqdm(process, total=steps + 1, unit="step"):
+        if every or t == 0:
+            walk.append((t, x_t.cpu(), x_0.cpu()))
+    print(f"{n} pictures in {time.perf_counter() - start:.1f} seconds")
+    return walk
+
+
+def save_process(path, walk):
+    """Saves a strip of x_t with the guessed x_0 below each, and a GIF of the same.
 
     walk: list of (t, x_t, x_0) as ddpm.reverse_process yields them.
     """
@@ -121,264 +103,191 @@ def show_process(walk, path):
     grid = figure.subplots(2 * n, len(frames), squeeze=False)
     for column, (t, x_t, x_0) in zip(grid.T, frames):
         column[0].set_title(f"t = {t}", fontsize=9)
-        for i, pictures in enumerate((x_t, x_0)):
-            for axes, picture in zip(column[i::2], shapes.from_model(pictures)):
+        for first, pictures in enumerate((x_t, x_0)):
+            for axes, picture in zip(column[first::2], shapes.from_model(pictures)):
                 axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
                 axes.set(xticks=[], yticks=[])
     for i, axes in enumerate(grid[:, 0]):
-        axes.set_ylabel(("$x_t$", "$x_0$ guessed")[i % 2], fontsize=8)
+        axes.set_ylabel(("$x_t$", "guess of $x_0$")[i % 2], fontsize=8)
     figure.savefig(path, dpi=100)
 
-    figure = Figure(figsize=(1.5 * n, 3.4))
-    FigureCanvasAgg(figure)
-    top, bottom = figure.subplots(2, 1)
-    writer = PillowWriter(fps=12)
-    every = max(1, len(walk) // GIF_FRAMES)
-    shown = walk[:-1:every] + walk[-1:] * 15  # the end stands still for a moment
-    with writer.saving(figure, path.with_suffix(".gif"), dpi=60):
-        for t, x_t, x_0 in shown:
-            for axes, pictures, name in (
-                (top, x_t, f"$x_t$, t = {t}"),
-                (bottom, x_0, "$x_0$ guessed"),
-            ):
-                axes.clear()
-                axes.axis("off")
-                axes.set_title(name, fontsize=9)
-                axes.imshow(
-                    shapes.tile(shapes.from_model(pictures), columns=n),
-                    cmap="gray",
-                    vmin=0,
-                    vmax=1,
-                )
-            writer.grab_frame()
-
-
-def draw_pictures(model, schedule, n, steps, seed, every=False, eta=None):
-    """Walks from noise to n pictures, with a progress bar.
-
-    eta: as in ddpm.reverse_process. Returns a list of (t, x_t, x_0) on the CPU: the whole
-    walk if every, else just its end.
-    """
-    device = schedule.beta.device
-    generator = torch.Generator().manual_seed(seed)
-    x_T = torch.randn(n, 1, shapes.SIZE, shapes.SIZE, generator=generator).to(device)
-    walk, start = [], time.perf_counter()
-    process = ddpm.reverse_process(model, schedule, x_T, steps, eta, generator)
-    for t, x_t, x_0 in tqdm(process, total=steps + 1, unit="step"):
-        if not every:
-            walk.clear()
-        walk.append((t, x_t.cpu(), x_0.cpu()))
-    seconds = time.perf_counter() - start
-    print(f"{n} pictures in {seconds:.1f} s, {n / seconds:.2g} pictures per second")
-    return walk
-
-
-def print_score(x, run, schedule, steps, seed):
-    """Prints the score of x beside real pictures, an untrained network and pure noise."""
-    training = shapes.make_dataset(run["samples"], seed=run["seed"])
-    # With all mirror images, of which training has seen some.
-    training = np.concatenate([training, training[:, :, ::-1]])
-    training = np.concatenate([training, training[:, ::-1]])
-    training = np.concatenate([training, training.transpose(0, 2, 1)])  # (8 n, 32, 32)
-    held_out = shapes.to_model(shapes.make_dataset(len(x), seed=[run["seed"], 2]))
-    print("the same with an untrained network, to compare:")
-    untrained = ddpm.UNet().requires_grad_(False).to(schedule.beta.device)
-    ((_, never, _),) = draw_pictures(untrained, schedule, len(x), min(steps, 20), seed)
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-    rows = {
-        "these samples": x,
-        "held-out real pictures": torch.from_numpy(held_out),
-        "an untrained network": never,
-        "pure noise": noise,
-    }
-    print(
-        shapes.score_table(
-            {k: shapes.score(v.clamp(-1, 1), training) for k, v in rows.items()}
-        )
+    # The GIF: x_t above, the guess of x_0 below, and a bar as long as t. The end stands still.
+    images = []
+    for t, x_t, x_0 in walk[:: max(1, len(walk) // GIF_FRAMES)] + walk[-1:] * 15:
+        pictures = np.concatenate([shapes.from_model(x_t), shapes.from_model(x_0)])
+        grid = shapes.tile(pictures, columns=n, scale=5)
+        bar = np.zeros((6, grid.shape[1]), dtype=np.float32)
+        bar[:, : grid.shape[1] * t // ddpm.T] = 1
+        images.append(Image.fromarray((np.concatenate([bar, grid]) * 255).astype(np.uint8)))
+    images[0].save(
+        path.with_suffix(".gif"), save_all=True, append_images=images[1:], duration=80, loop=0
     )
 
 
-def save_steps_curve(path, model, schedule, n, seed):
-    """Draws the share of clean pictures against the number of steps, from the same noise.
+def save_explained(path, x):
+    """Saves pictures in which every blob has the colour of its kind; red is no legal shape."""
+    from matplotlib.colors import to_rgb
 
-    eta = 0 is DDIM; eta = 1 adds as much noise on the way as Algorithm 2 does.
+    coloured = np.zeros((len(x), shapes.SIZE, shapes.SIZE, 3))
+    for picture, white in zip(coloured, x[:, 0] > 0):
+        for kind, blob in shapes.explain(white):
+            picture[blob] = to_rgb(COLOURS[kind])
+    grid = shapes.tile(coloured)
+    height, width = grid.shape[:2]
+    figure = Figure(figsize=(width / 100, height / 100 + 0.35), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(grid)
+    axes.axis("off")
+    handles = [
+        Line2D([], [], color=c, lw=5, label=k or "no legal shape") for k, c in COLOURS.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def print_score(x, run, untrained):
+    """Prints the score of x, (n, 1, 32, 32), beside real pictures, an untrained network and noise.
+
+    run: the flags of the training, from the checkpoint. untrained: pictures like x.
+    """
+    training = shapes.make_dataset(run["samples"], run["seed"])
+    rows = {
+        "these samples": x,
+        "held-out real pictures": shapes.to_model(shapes.make_dataset(len(x), [run["seed"], 2])),
+        "an untrained network": untrained,
+        "pure noise": np.random.default_rng(0).uniform(-1, 1, x.shape),
+    }
+    shares = ("right", "right shapes", "decided", "copies", "distinct")
+    print(
+        f"{'':<24}" + "".join(f"{name:>13}" for name in shares) + "   circ rect tri line    1 2 3"
+    )
+    for name, pictures in rows.items():
+        s = shapes.score(np.clip(pictures, -1, 1), training)
+        counts = " ".join(map(str, s["kinds"])) + "    " + " ".join(map(str, s["shapes"]))
+        print(f"{name:<24}" + "".join(f"{s[share]:>13.1%}" for share in shares) + f"   {counts}")
+
+
+def save_steps_curve(path, model, schedule, n, seed):
+    """Draws the share of right pictures against the number of steps, from the same noise.
+
+    eta = 0 adds no fresh noise, eta = 1 as much as Algorithm 2.
     """
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     for eta in (0.0, 1.0):
         shares = []
         for steps in CURVE:
-            ((_, x, _),) = draw_pictures(model, schedule, n, steps, seed, eta=eta)
-            shares.append(shapes.score(x.clamp(-1, 1))["clean"])
-            print(f"{steps} steps, eta = {eta:g}: {shares[-1]:.1%} of {n} clean")
+            x = draw(model, schedule, n, steps, eta, seed)[-1][1]
+            shares.append(shapes.score(x.clamp(-1, 1))["right"])
+            print(f"{steps} steps, eta = {eta:g}: {shares[-1]:.1%} of {n} right")
         axes.plot(CURVE, shares, "o-", label=f"$\\eta$ = {eta:g}")
-    axes.set(xlabel="steps", ylabel="share of clean samples", xscale="log", ylim=(0, 1))
+    axes.set(xlabel="steps", ylabel="share of right pictures", xscale="log", ylim=(0, 1))
+    axes.set_xticks(CURVE, CURVE)
+    axes.minorticks_off()
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
-def attention_weights(attention, seen):
-    """How much each pixel takes from each key, (N, M), the mean over all heads.
-
-    seen: what attention.query and attention.key_value returned for one picture.
-    """
-    q = attention.split(seen[attention.query])  # (1, heads, N, d)
-    k = attention.split(seen[attention.key_value].chunk(2, dim=2)[0])
-    weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(3)
-    return weights.mean(1)[0]
-
-
+@torch.no_grad()
 def save_inside(path, model, schedule, seed):
-    """Draws one pass through the network: what leaves each level, where attention looks.
+    """Draws one pass through the network: what leaves each level, and where attention looks.
 
-    The picture is one of the data, with noise added. Of the many channels of a level those
-    two are shown that differ most from pixel to pixel. Each panel has its own scale.
+    The picture is one of the data, noised. Of the many channels of a level the two are shown that
+    differ most from pixel to pixel. Each panel has its own grey scale.
     """
-    levels = [*model.down, model.middle3, *model.up]
-    attentions = [model.middle2, *(level.attention for level in model.up)]
-    layers = [layer for a in attentions for layer in (a.query, a.key_value)]
-    seen = {}  # what each of these returned
-    for module in levels + layers:
-        module.register_forward_hook(lambda m, _, y: seen.__setitem__(m, y.cpu()))
-    device, t = schedule.beta.device, torch.tensor([INSIDE])
-    x_0 = torch.from_numpy(shapes.to_model(shapes.make_dataset(1, seed=[seed, 3])))
+    levels = [*model.down, model.middle, *model.up]
+    attentions = [level.attention for level in levels[3:]]
+    seen = {}  # what each level and each softmax returned
+    for module in [*levels, *(a.softmax for a in attentions)]:
+        module.register_forward_hook(lambda m, _, y: seen.__setitem__(m, y.float().cpu()))
+    device = schedule.beta.device
+    t = torch.tensor([INSIDE], device=device)
+    x_0 = torch.from_numpy(shapes.to_model(shapes.make_dataset(1, [seed, 3])))  # (1, 1, 32, 32)
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
-    x_t, t = ddpm.q_sample(schedule, x_0.to(device), t, eps.to(device)), t.to(device)
-    found = ddpm.eps_theta(model, schedule, x_t, t)
-    guess = ddpm.predict_x_0(schedule, x_t, t, found)
+    x_t = ddpm.q_sample(schedule, x_0.to(device), t, eps.to(device))
+    guess = ddpm.guess_x_0(model, schedule, x_t, t, torch.zeros_like(x_t))
+    found = ddpm.predict_eps(schedule, x_t, t, guess)
 
+    columns = [(f"$x_t$, t = {INSIDE}\n$x_0$", torch.cat([x_t.cpu(), x_0])[:, 0])]
+    for place, level in zip(("down",) * 3 + ("middle",) + ("up",) * 3, levels):
+        channels = seen[level][0]  # (C, H, W)
+        two = channels[channels.var((1, 2)).topk(2).indices]  # (2, H, W)
+        columns.append(
+            (f"{place}\n{len(channels)} of {channels.shape[1]}x{channels.shape[2]}", two)
+        )
+    columns.append(("guess of $x_0$\nguess of $\\epsilon$", torch.cat([guess, found])[:, 0].cpu()))
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
-    columns = top.subplots(2, len(levels) + 2).T
-    pairs = [torch.cat([x_t.cpu(), x_0])[:, 0]]  # 2 pictures (32, 32) a column
-    titles = [f"$x_t$, t = {INSIDE}; $x_0$"]
-    for place, level in zip(("down",) * 3 + ("middle",) + ("up",) * 3, levels):
-        channels = seen[level][0].float()  # (C, H, W)
-        pairs.append(channels[channels.var((1, 2)).topk(2).indices])  # (2, H, W)
-        titles.append(
-            f"{place}\n{len(channels)} of {channels.shape[1]}x{channels.shape[2]}"
-        )
-    pairs.append(torch.cat([guess, found])[:, 0].cpu())
-    titles.append("guessed\n$x_0$; $\\epsilon$")
-    for column, pair, title in zip(columns, pairs, titles):
-        column[0].set_title(title, fontsize=9)
-        for axes, picture in zip(column, pair):
+    for axes_of_column, (title, pictures) in zip(top.subplots(2, len(columns)).T, columns):
+        axes_of_column[0].set_title(title, fontsize=9)
+        for axes, picture in zip(axes_of_column, pictures):
             axes.imshow(picture.numpy(), cmap="gray")
             axes.set(xticks=[], yticks=[])
 
-    # From one white pixel in the middle of those there are: its weights for all keys.
-    white = (x_0[0, 0] > 0).nonzero()
-    pixel = white[len(white) // 2]  # (2,), row and column
-    corner = (-0.5, shapes.SIZE - 0.5, shapes.SIZE - 0.5, -0.5)
+    # Attention from one white pixel, in the middle of the list of all: its weights for all keys.
+    white = (x_0[0, 0] > 0).nonzero()  # (number of white pixels, 2)
+    y, x = white[len(white) // 2].tolist()
     panels = bottom.subplots(1, len(attentions) + 1)
     panels[0].imshow(x_0[0, 0].numpy(), cmap="gray")
-    panels[0].set_title("the query", fontsize=9)
+    panels[0].set_title("query: the red pixel", fontsize=9)
     for axes, attention in zip(panels[1:], attentions):
-        weights = attention_weights(attention, seen)  # (N, M)
-        queries, keys = (math.isqrt(length) for length in weights.shape)  # sides
-        row, column = (pixel * queries // shapes.SIZE).tolist()
+        weights = seen[attention.softmax][0].mean(0)  # (N, M), the mean of all heads
+        queries, keys = (math.isqrt(length) for length in weights.shape)  # the sides of both grids
+        row, column = y * queries // shapes.SIZE, x * queries // shapes.SIZE
         picture = weights[row * queries + column].view(keys, keys)
-        axes.imshow(picture.numpy(), cmap="gray", vmin=0, extent=corner)
-        title = f"attention at {queries}x{queries}\n{keys}x{keys} keys"
-        axes.set_title(title, fontsize=9)
+        axes.imshow(picture.numpy(), cmap="gray", vmin=0, extent=(-0.5, 31.5, 31.5, -0.5))
+        axes.set_title(f"attention at {queries}x{queries}\n{keys}x{keys} keys", fontsize=9)
     for axes in panels:
-        axes.plot(*pixel.flip(0).tolist(), "o", color="red", markersize=5)
+        axes.plot(x, y, "o", color="red", markersize=5)
         axes.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=100)
 
 
-def save_samples(path, args, model, schedule, run, n):
-    """Draws n pictures from noise; saves them, how they came about, or what they show."""
-    walk = draw_pictures(model, schedule, n, args.steps, args.seed, every=args.process)
-    x = walk[-1][1]  # (n, 1, 32, 32)
-    if args.score:
-        print_score(x, run, schedule, args.steps, args.seed)
-    if args.process:
-        show_process(walk, path)
-    elif args.explain:
-        shapes.save_explained(path, x[:64])
-    else:
-        shapes.save_picture(
-            path, shapes.tile(shapes.from_model(x), columns=8 if n <= 64 else 32)
-        )
-
-
-def export(path, state):
-    """Saves the weights of a checkpoint alone, where there is no file yet."""
-    if path.suffix != ".pt":
-        fail(f"--export {path} should end in .pt")
-    if path.exists():
-        fail(f"--export {path} is there already; choose another name or move it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    export_weights(path, state)
-    print(f"saved {path}")
-
-
 def main():
-    try:
-        draw_and_save(parser().parse_args())
-    except OSError as e:
-        fail(
-            f"{e.strerror or e}: {e.filename or 'the picture'}; "
-            "make room or choose another place"
+    flags = parser()
+    args = flags.parse_args()
+    what = args.what or "samples"
+    name, n, most = DRAWN[what]
+    n = n if args.n is None else args.n
+    path = Path(args.output or name or "none.png")
+    if not 1 <= n <= most:
+        flags.error(f"--n must be from 1 to {most} here")
+    if not 1 <= args.steps <= ddpm.T or not 0 <= args.eta <= 1 or not 0 <= args.seed < 2**32:
+        flags.error(
+            "--steps must be from 1 to 1000, --eta from 0 to 1, --seed from 0 to 4294967295"
         )
-    except (MemoryError, RuntimeError) as e:
-        if "memory" not in str(e) and not isinstance(e, MemoryError):
-            raise
-        fail("not enough memory; take a smaller --n")
-
-
-def draw_and_save(args):
-    """All that sample.py does, with the flags as parser returns them."""
-    # What is drawn: the name of the file, how many pictures, and how many fit into one.
-    name, n, most = "samples.png", 16, 2000
-    chosen = [
-        ("process", ("process.png", 4, 32)),
-        ("explain", ("explained.png", 16, 64)),
-        ("curve", ("steps.png", 200, 2000)),
-        ("inside", ("inside.png", 1, 1)),
-    ]
-    chosen = [(flag, what) for flag, what in chosen if getattr(args, flag)]
-    if len(chosen) > 1:
-        fail(f"--{chosen[0][0]} and --{chosen[1][0]} are two pictures: take one by one")
-    if args.score and any(flag != "explain" for flag, _ in chosen):
-        fail(f"--score and --{chosen[0][0]} do not go together: take one by one")
-    if chosen:
-        name, n, most = chosen[0][1]
-    if args.score:  # of all; --explain shows the first 64
-        n, most = 500, 2000
-    path, n = Path(args.output or name), args.n or n
     if path.suffix.lower() != ".png":
-        fail(f"--output {path} should end in .png")
-    if n > most:
-        fail(f"--n {n} is more than one picture can show; take fewer")
-    device = pick_device(args.device)
+        flags.error(f"--output {path} should end in .png")
     checkpoint = args.checkpoint or (TRAINED if TRAINED.exists() else PRETRAINED)
-    state, model = load_checkpoint(checkpoint)
-    if checkpoint == PRETRAINED:
-        print(f"there is no {TRAINED} yet: these are the weights that came along")
-    print(f"{checkpoint}: {state['epoch']} epochs, device {device}")
-    if args.export is not None:
-        export(Path(args.export), state)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        fail(f"--output {path} cannot be written; choose another")
+    state, model = ddpm.load(checkpoint)
+    device = ddpm.pick_device(args.device)
     schedule, model = ddpm.Schedule(device), model.to(device)
-    if args.curve:
+    print(f"{checkpoint}, {state['epoch']} epochs, on {device}")
+    if what == "curve":
         save_steps_curve(path, model, schedule, n, args.seed)
-    elif args.inside:
+    elif what == "inside":
         save_inside(path, model, schedule, args.seed)
     else:
-        save_samples(path, args, model, schedule, state["run"], n)
-    print(
-        f"saved {path}" + (f" and {path.with_suffix('.gif')}" if args.process else "")
-    )
+        walk = draw(model, schedule, n, args.steps, args.eta, args.seed, every=what == "process")
+        x = walk[-1][1]  # (n, 1, 32, 32)
+        if what == "score":
+            new = ddpm.UNet().requires_grad_(False).to(device)
+            print_score(x, state["run"], draw(new, schedule, n, 20, args.eta, args.seed)[-1][1])
+            return
+        if what == "process":
+            save_process(path, walk)
+            print(f"saved {path.with_suffix('.gif')}")
+        elif what == "explain":
+            save_explained(path, x)
+        else:
+            shapes.save_picture(path, shapes.tile(shapes.from_model(x), 8 if n <= 64 else 32))
+    print(f"saved {path}")
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("stopped before the end")
         sys.exit(130)
+    except (OSError, MemoryError) as e:
+        sys.exit(f"error: {e or 'not enough memory'}")

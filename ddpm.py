@@ -15,7 +15,7 @@ has mean 0 and variance 1: with pixels in 0...255, noise of variance 1 could not
 The paper is Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", 2020 (arXiv
 2006.11239). "Eq. 4", "Algorithm 2" and "Ho, Section 4" refer to it, and the letters are the
 paper's. A tensor line that changes a shape ends with the new shape: B pictures in a batch, C
-channels, H x W pixels, N = H * W of them.
+channels, H x W pixels.
 
     python ddpm.py        prints the network as a table and saves forward.png
 """
@@ -40,7 +40,7 @@ from torch import nn
 #
 #     q(x_t | x_{t-1}) = N(x_t; sqrt(1 - beta_t) x_{t-1}, beta_t I)
 #
-# The factor sqrt(1 - beta_t) shrinks the picture just enough to keep a variance of 1 at 1.
+# The factor sqrt(1 - beta_t) shrinks the picture just enough for a variance of 1 to stay 1.
 # Without it the numbers would grow with every step. The betas are chosen by hand (Ho, Section 4):
 # small at first, when little noise is enough to hide details, and larger later. Why a thousand
 # small steps and not ten large ones? The true step back is a mixture over all pictures that could
@@ -88,15 +88,15 @@ class Schedule:
 
 # ==== 2. The forward process: from a picture to noise in one step =================================
 #
-# To get x_t it is not necessary to walk through all t steps. A sum of independent Gaussians is a
+# We need not walk through all steps to get x_t. A sum of independent Gaussians is again a
 # Gaussian, so two steps can be written as one (z, z' and eps are standard normal):
 #
 #     x_2 = sqrt(alpha_2) x_1 + sqrt(1 - alpha_2) z'
 #         = sqrt(alpha_2 alpha_1) x_0 + sqrt(alpha_2 (1 - alpha_1)) z + sqrt(1 - alpha_2) z'
 #         = sqrt(alpha_2 alpha_1) x_0 + sqrt(1 - alpha_2 alpha_1) eps
 #
-# because the variances add up: alpha_2 - alpha_2 alpha_1 + 1 - alpha_2. After t steps the product
-# of all alphas, alpha_bar_t, stands in the place of alpha_2 alpha_1. That is Eq. 4:
+# because the variances add up: alpha_2 - alpha_2 alpha_1 + 1 - alpha_2. After t steps, in place of
+# alpha_2 alpha_1, there is the product of all alphas, alpha_bar_t. That is Eq. 4:
 
 
 def q_sample(schedule, x_0, t, eps):
@@ -109,9 +109,8 @@ def q_sample(schedule, x_0, t, eps):
     return signal * x_0 + noise * eps
 
 
-# alpha_bar_T must be close to 0. It is: sqrt(alpha_bar_T) = 0.0064. Sampling starts from pure
-# noise. If training had always left a visible trace of the picture at t = T, the network would
-# rely on this trace, and in sampling there is none.
+# alpha_bar_T must be close to 0. It is: sqrt(alpha_bar_T) = 0.0064. Otherwise a network would learn
+# to rely on a trace of the picture at t = T, and the pure noise that sampling starts from has none.
 #
 # Once x_t is given, Eq. 4 has two unknowns, x_0 and eps, and each determines the other:
 
@@ -124,14 +123,14 @@ def predict_eps(schedule, x_t, t, x_0):
 
 # So a network that guesses x_0 also guesses eps. Why not go straight from noise to the guess of
 # x_0? At large t very many pictures fit the same x_t. The guess with the least squared error is
-# their mean, and the mean of many pictures is a grey blur. A small step commits to very little of
-# it. After the step there is less noise, fewer pictures fit, and the next guess is sharper.
+# their mean, and the mean of many pictures is a grey blur. A small step follows this guess only a
+# little. Then there is less noise, fewer pictures fit, and the next guess is sharper.
 
 # ==== 3. Telling the network the time =============================================================
 #
 # One network serves all t, so it must know t: a pattern of bright specks is noise at t = 900 and
 # part of the picture at t = 5. A single input number t would be hard to use: a layer can only
-# scale it, so neighbouring t stay almost equal while large t dominate. Instead t is encoded by
+# scale it, and neighbouring t would stay almost equal. Instead t is encoded by
 # sines and cosines of many frequencies (Vaswani et al. 2017, Section 3.5). High frequencies tell
 # t from t + 1, low frequencies tell early from late. The frequencies form a geometric series, so
 # that every scale of difference, 1, 10, 100 or 1000 steps, is covered by equally many of them.
@@ -161,8 +160,8 @@ class Norm(nn.GroupNorm):
         super().__init__(channels // 8, channels)
 
     def forward(self, x):
-        # In float32 even where the rest is bfloat16 (section 8): sums over many pixels need the
-        # digits, and on a CPU it is also the faster way.
+        # The network may compute in 16-bit numbers (section 8). Sums over many pixels need the
+        # digits of 32 bits, and on a CPU this is also the faster way.
         return super().forward(x.float()).to(x.dtype)
 
 
@@ -177,8 +176,8 @@ class Conv1x1(nn.Linear):
 def zero(layer):
     """Zero-initialises a layer: the last one of each residual branch, and of the network.
 
-    A residual block x + f(x) then begins as the identity. A deep network begins like a shallow
-    one, gradients pass through unchanged, and each branch comes in as it learns something.
+    A residual block x + f(x) then begins as the identity: the deep network begins like a shallow
+    one, and each branch comes in as it learns something.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -199,11 +198,11 @@ def zero(layer):
 # side by side with vectors of their own, so that a pixel can collect different things at once.
 #
 # The cost is the number of queries times the number of keys: 256 products at 4x4, but a million at
-# 32x32. So attention works on a grid of 8x8 places at most: the pixels of a block are averaged
-# before, and each of them receives the result. That makes at most M = 64 places and 4096 products.
-# Every pixel still gets something from the whole picture; the details are left to the convolutions
-# that follow. Attention itself does not know where a place is. It learns that from the
-# convolutions before it, which see the zeros with which they pad the edge of the picture.
+# 32x32. So attention works on at most 8x8 places: each block of pixels is averaged to one place, and
+# all its pixels get the same result. That makes at most M = 64 places and 4096 products. Every
+# pixel still gets something from the whole picture; the convolutions that follow do the details.
+# Attention itself does not know where a place is. It learns that from the convolutions before it,
+# which see the zeros with which they pad the edge of the picture.
 
 GRID = 8
 
@@ -238,10 +237,9 @@ class Attention(nn.Module):
 # ==== 6. The residual block =======================================================================
 #
 # Most of the work is done here: norm, SiLU, 3x3 convolution, twice, and the result is added to the
-# input. The block only has to learn what to change, and the sum lets gradients reach the first
-# layers however deep the network is. Between the two convolutions the time comes in: one number
-# per channel, added at every pixel. Every block receives it, because every block should act
-# differently at different t.
+# input. The block only has to learn what to change, and gradients reach the first layers through
+# the sums, however deep the network is. Between the two convolutions the time comes in: one number
+# per channel, added at every pixel, in every block, so that each can act differently at each t.
 
 
 class ResBlock(nn.Module):
@@ -269,8 +267,7 @@ class ResBlock(nn.Module):
 # Down: 32 -> 16 -> 8 -> 4 pixels wide, with more and more channels. At the bottom, 16 places with
 # 512 numbers each describe what is in the picture. Up again: 4 -> 8 -> 16 -> 32. On the way up each
 # level also receives the output of the same level on the way down, the skip connection. The bottom
-# knows that there is a circle, the skip knows exactly where its edge is. Both go through a learned
-# matrix and are added.
+# knows that there is a circle, the skip knows exactly where its edge is. The two are added.
 #
 #     32x32  stem -- down ------------------------------- up -- out
 #     16x16            down ----------------------- up
@@ -278,7 +275,10 @@ class ResBlock(nn.Module):
 #      4x4                  middle (512)
 #
 # There is attention at every resolution: in the middle, and on the way up, where a level has both
-# its own detail and the view from below.
+# its own detail and the view from below. `python ddpm.py` prints where the parameters are and where
+# the multiplications: the middle has 55 % of the parameters, but only 14 % of the multiplications,
+# since a weight is used once for each place, 16 times at 4x4 and 1024 times at 32x32. (Much of the
+# time goes into neither, but into reading and writing the large tensors at 32x32.)
 
 
 class Middle(nn.Module):
@@ -318,7 +318,7 @@ class UNet(nn.Module):
     """The network. It sees x_t and an earlier guess of x_0; section 8 says what it returns.
 
     channels: at 32x32, 16x16 and 8x8. bottleneck: at 4x4. narrow: inside the blocks at 4x4.
-    time_dim: size of the time vector, even. Channels are multiples of 8, above 32 of 32.
+    time_dim: size of the time vector, even. Channels are multiples of 8 and, above 32, of 32.
     """
 
     def __init__(self, channels=(32, 64, 128), bottleneck=512, narrow=64, time_dim=128):
@@ -359,10 +359,10 @@ class UNet(nn.Module):
 # ==== 8. The guess ================================================================================
 #
 # What should the network return? It could be eps itself, as in the paper. But near t = 0 the noise
-# is a tiny difference, (x_t - 0.99995 x_0) / 0.01 at t = 1, and near t = T so is the picture:
-# x_0 = (x_t - eps) / 0.0064 multiplies every error of the network by 157. And eps throws away what
-# we know about the data: a pixel is -1 or +1, nothing else. We can compute what a pixel says about
-# itself, and leave to the network only what the rest of the picture says about it.
+# is a tiny difference, (x_t - 0.99995 x_0) / 0.01 at t = 1, and near t = T the picture is one:
+# x_0 = (x_t - eps) / 0.0064 multiplies every error of the network by 157. And it would have to
+# learn what we know: a pixel is -1 or +1. So we compute what a pixel says about itself, and leave
+# to the network what the rest of the picture says about it.
 #
 # Suppose that each pixel were +1 or -1 with equal probability, independently of all others. With
 # signal = sqrt(alpha_bar_t) and noise = sqrt(1 - alpha_bar_t), Eq. 4 and Bayes' rule then give the
@@ -371,33 +371,28 @@ class UNet(nn.Module):
 #     exp(-(x_t - signal)^2 / (2 noise^2)) / exp(-(x_t + signal)^2 / (2 noise^2))
 #         = exp(2 signal x_t / noise^2)
 #
-# Let a be half the log-odds, so that the odds are exp(2a). The probability of +1 is then
-# exp(2a) / (exp(2a) + 1), the mean of the pixel is twice that minus 1, which is
-# (exp(2a) - 1) / (exp(2a) + 1) = tanh(a). The mean is the guess with the least squared error, so
-# one pixel on its own gives x_0 = tanh(signal x_t / noise^2). What the other pixels say multiplies
-# the odds by another factor, exp(2b), which adds b to a. This b is what the network returns. The
-# last layer is zero-initialised, so before the first step b = 0 and the guess is what each pixel
-# says on its own. The tanh also keeps every guess within -1 and +1. At small t the argument
-# is large and the guess is almost exactly -1 or +1: so the samples end there, and nothing has to
-# be clipped.
+# Call this exp(2a), so a is half the log-odds. The probability of +1 is exp(2a) / (exp(2a) + 1).
+# The mean of the pixel is twice that minus 1, or (exp(2a) - 1) / (exp(2a) + 1) = tanh(a), and the
+# mean is the guess with the least squared error. So one pixel on its own gives the guess
+# x_0 = tanh(signal x_t / noise^2). What the other pixels say multiplies the odds by a factor
+# exp(2b), which adds b to a. The network returns this b. Its last layer is zero-initialised, so
+# before any training b = 0, and the guess is what each pixel says on its own. (The loss of section
+# 9 is then @@L0@@, as a mean over all t; a guess of 0 noise would give 1.) The tanh keeps all guesses
+# between -1 and +1. As t falls, its argument becomes large, positive or negative, and the guess
+# approaches -1 or +1. The last step of sampling returns just this guess, so nothing needs to be
+# clipped. (For grey or coloured pictures the formula does not hold; section 12 says what to do.)
 #
-# (For grey or coloured pictures this formula does not hold. There let the network return
-# v = signal eps - noise x_0, with which x_0 = signal x_t - noise v multiplies no error by more
-# than 1 either: Salimans & Ho 2022, arXiv 2202.00512.)
-#
-# One more thing helps binary data very much: the network also sees its own guess of x_0 from the
+# One more thing helps with binary data: the network also sees its own guess of x_0 from the
 # sampling step before, as a second input channel. This is self-conditioning (Chen, Zhang & Hinton
-# 2022, arXiv 2208.04202). Where several pictures fit x_t, the guess before tells which of them has
-# begun to appear, and the network can continue it instead of deciding again at every step. In the
-# first step there is no guess yet: the channel is all 0, "unknown" between -1 and +1.
+# 2022, arXiv 2208.04202). Where several pictures fit x_t, the earlier guess shows which of them has
+# begun to appear, and the network works on from there. In the first step of sampling there is no
+# earlier guess: the channel is all 0, the middle between -1 and +1.
 
 
 @cache
 def fast_bfloat16(device):
-    """Whether "cpu", "cuda" or "mps" computes faster in bfloat16 (with mps: not tried, so no).
-
-    bfloat16 is a number of 16 bits with the range of float32 and 3 correct digits instead of 7.
-    """
+    """Whether "cpu", "cuda" or "mps" is faster in bfloat16, 16 bits with the range of float32 and
+    2 to 3 digits. On mps it has not been tried, so no."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities() if device == "cpu" else {}
@@ -408,9 +403,10 @@ def guess_x_0(model, schedule, x_t, t, x_0_before):
     """The network's guess of x_0, the mean of all pictures that fit x_t: (B, 1, 32, 32).
 
     x_t: float (B, 1, 32, 32). t: int64 (B,), in 1..T. x_0_before: an earlier guess or zeros,
-    (B, 1, 32, 32). predict_eps makes eps_theta(x_t, t) of the paper out of it.
+    (B, 1, 32, 32). predict_eps turns the guess into the paper's eps_theta(x_t, t).
     """
     device = x_t.device.type
+    # autocast computes products and convolutions in bfloat16; the weights stay float32.
     with torch.autocast(device, torch.bfloat16, enabled=fast_bfloat16(device)):
         b = model(x_t, x_0_before, t)  # (B, 1, 32, 32)
     signal, noise = schedule.signal_and_noise(t)
@@ -421,23 +417,24 @@ def guess_x_0(model, schedule, x_t, t, x_0_before):
 #
 # Which loss? A step back is p(x_{t-1} | x_t) = N(mu_theta(x_t, t), sigma_t^2 I) (Eq. 1), a Gaussian
 # whose mean comes from the network; sigma_t is chosen in section 10. Maximum likelihood asks for a
-# small -log p(x_0). That is an integral over all paths x_1, ..., x_T that end in x_0, and cannot be
-# computed. But it has an upper bound (Eq. 3) that can. The bound is a sum over t. Each term is a
-# KL divergence, a measure of how far one distribution is from another: here the reverse step
-# p(x_{t-1} | x_t) from the true step back q(x_{t-1} | x_t, x_0), which is known once x_0 is given
-# (Eq. 5). Both are Gaussian, and between two Gaussians of the same fixed variance it is just the
-# squared difference of their means, divided by 2 sigma_t^2 (Eq. 8).
+# large p(x_0). That is an integral over all paths x_1, ..., x_T that end in x_0, and cannot be
+# computed. But -log p(x_0) has an upper bound that can (Eq. 3, Eq. 5): in essence a sum over t of
+# KL divergences. A KL divergence measures how far one distribution is from another, here the
+# reverse step p(x_{t-1} | x_t) from q(x_{t-1} | x_t, x_0), the true step back, which is known once
+# x_0 is given. Both are Gaussian with fixed variances, so up to a constant it is the squared
+# difference of their means, divided by 2 sigma_t^2 (Eq. 8).
 #
 # Section 10 shows that both means follow from x_t and eps in the same way (Eq. 11), one with the
-# true eps and one with eps_theta. So the term for t is (Eq. 12)
+# true eps and one with the guess eps_theta. So the term for t becomes (Eq. 12)
 #
 #   beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) * || eps - eps_theta(x_t, t) ||^2
 #
 # averaged over x_0 and eps. The paper drops the factor in front and keeps the square (Eq. 14).
 # With sigma_t^2 = beta_t this factor is 0.5 at t = 1, falls to 0.005 at t = 349 and rises again to
-# 0.01 at t = T. So compared with the bound, Eq. 14 gives small t less weight and the others more
-# (Ho, Section 3.4). For our guess it makes little difference: at small t its error is almost 0,
-# and between t = 200 and 700 the factor only varies between 0.005 and 0.007.
+# 0.01 at t = T. So compared with the bound, Eq. 14 takes weight from small t and gives it to the
+# middle (Ho, Section 3.4). For our guess this matters little: at small t, where the factor is
+# large, the error is almost 0, and between t = 200 and 700 the factor stays between 0.005 and
+# 0.0072. (The other choice of section 10, sigma_t^2 = beta_tilde_t, differs only at small t.)
 
 
 def loss_fn(model, schedule, x_0, t, eps, x_0_before):
@@ -451,15 +448,19 @@ def loss_fn(model, schedule, x_0, t, eps, x_0_before):
     return F.mse_loss(predict_eps(schedule, x_t, t, x_0_guess), eps)
 
 
-# Algorithm 1 repeats: take pictures x_0, draw t and eps, and take a gradient step on Eq. 14. The
-# paper draws t uniformly from 1..T. Here most of that would be wasted. The table is the loss by t
-# after the default run, and the share of wrong pixels in the guess (--inside shows one):
+# Algorithm 1 repeats: take pictures x_0, draw t and eps, take a gradient step on Eq. 14. (The loop
+# is in train.py.) The paper draws t uniformly from 1..T. Here almost half of that would be wasted:
+# below t = 80 there is nothing left to learn, and above t = 600 almost nothing of the picture can
+# be seen. In between the picture is decided. So four of five t are drawn from there, and the rest
+# uniformly, so that no t is forgotten. In effect a t in 80..600 weighs 8.7 times as much in the
+# training loss as another one; the validation loss keeps t uniform, as Eq. 14 has it.
+#
+# The loss soon looks flat while the samples still get better. Most of it is ambiguity that no
+# network can remove: many pictures fit x_t. Progress is in the small rest, and at the t where few
+# pictures fit. The loss times 10,000 by t, with an earlier guess, after 20 epochs and at the end
+# of the default run (sample.py --score prints it):
 #
 #     @@TABLE@@
-#
-# Below t = 80 nothing is left to learn. Above t = 500 almost nothing of the picture can be seen
-# and the loss is what no network could avoid. So four of five t are drawn from 80..500, where the
-# picture is decided; the rest is uniform, so that no t is forgotten.
 
 FOCUS, FOCUS_SHARE = (80, 600), 0.8
 
@@ -473,14 +474,15 @@ def draw_t(n, generator, device="cpu"):
 
 
 def training_loss(model, schedule, x_0, generator):
-    """Lines 2 to 5 of Algorithm 1: draws t and eps for pictures x_0, returns the loss (0-d).
+    """Lines 3 to 5 of Algorithm 1, without the gradient step: draws t and eps, returns the loss.
 
     x_0: float (B, 1, 32, 32), -1 or +1. generator: of all random numbers, on the device of x_0.
     """
     t = draw_t(len(x_0), generator, x_0.device)  # (B,)
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
-    # Self-conditioning: in half of the steps the network first makes a guess without an earlier
-    # one, and this guess, without gradient, is the earlier guess of the second pass.
+    # Self-conditioning: in half of the steps the network first guesses without an earlier guess, and
+    # this guess is the earlier guess for the second pass. (In sampling it comes from a larger t.
+    # Training with a guess from a larger t gave worse samples.) No gradient, to save time.
     x_0_before = torch.zeros_like(x_0)
     if torch.rand((), generator=generator, device=x_0.device) < 0.5:
         with torch.no_grad():
@@ -492,10 +494,10 @@ def training_loss(model, schedule, x_0, generator):
 class EMA:
     """A running average of the weights, used for samples (Ho, Appendix B).
 
-    Each step moves the weights towards one small batch. The average over many steps has less of
-    this noise. A decay of 0.9995 averages over about the last 1 / (1 - decay) = 2000 steps. In
-    the beginning this would keep the random initial weights in, so the window starts short and
-    grows with training, to about a ninth of the steps so far.
+    Each step follows the gradient of one small batch, which is noisy; the average over many steps
+    is less so. A decay of 0.9995 averages over about the last 1 / (1 - decay) = 2000 steps. Early
+    in training that would keep the random initial weights in, so the window grows with training:
+    it is about a ninth of the steps so far.
     """
 
     def __init__(self, model, decay=0.9995):
@@ -517,7 +519,8 @@ class EMA:
 # x_t came from x_{t-1}, with Eq. 4, which says where x_{t-1} was: both are Gaussian in x_{t-1},
 # with precisions (1 / variance) alpha_t / beta_t and 1 / (1 - alpha_bar_{t-1}). Precisions add up,
 # and the mean is the average of the two centres, x_t / sqrt(alpha_t) and sqrt(alpha_bar_{t-1}) x_0,
-# weighted by precision. So q(x_{t-1} | x_t, x_0) is a Gaussian with (Eq. 7)
+# weighted by precision. The sum of the precisions is (1 - alpha_bar_t) / (beta_t (1 -
+# alpha_bar_{t-1})). So q(x_{t-1} | x_t, x_0) is a Gaussian with (Eq. 7)
 #
 #     mu = [ sqrt(alpha_bar_{t-1}) beta_t x_0
 #          + sqrt(alpha_t) (1 - alpha_bar_{t-1}) x_t ] / (1 - alpha_bar_t)
@@ -547,7 +550,7 @@ def ddpm_step(schedule, x_t, t, eps, z):
     # sigma_t^2 = beta_tilde_t, right if the data is a single picture (Ho, Section 3.2). The truth
     # lies between them, and they differ only in the last steps: their ratio is 0.98 at t = 100
     # and 0.85 at t = 10. We take the second. It is 0 at t = 1, so the last step adds no noise, as
-    # Algorithm 2 demands: no step would come after it to remove that noise.
+    # Algorithm 2 demands (it sets z = 0 there): no step would come after it to remove that noise.
     beta_tilde = var_before / var_t * beta
     return mu + beta_tilde.sqrt() * z
 
@@ -560,25 +563,23 @@ def ddpm_step(schedule, x_t, t, eps, z):
 # dynamics: a step uphill, a little fresh noise, and again (Ho, Section 3.2; Song & Ermon 2019).
 #
 # A thousand steps take time. Song, Meng & Ermon, "Denoising Diffusion Implicit Models" (2021, arXiv
-# 2010.02502), noticed that Eq. 14 uses only q(x_t | x_0), Eq. 4, and not the way from x_0 to x_t.
+# 2010.02502), noticed that Eq. 14 uses only q(x_t | x_0), Eq. 4, and not the path from x_0 to x_t.
 # So the same network also fits processes that jump from t to any earlier s: guess x_0 and eps, and
-# mix them again as Eq. 4 does at s. A part of the noise, of variance sigma^2, may be fresh. Their
-# Eq. 12 (they write alpha for Ho's alpha_bar) is
+# mix them again as Eq. 4 does at s, with a part of the noise, of variance sigma^2, fresh. Their
+# Eq. 12 and Eq. 16 (they write alpha for Ho's alpha_bar) are
 #
 #     x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z
-#
 #     sigma = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)
 #
-# with eta from 0 to 1 (their Eq. 16). At eta = 0 nothing is random after x_T. At eta = 1 and
-# s = t - 1 this is ddpm_step again. A larger jump trusts one guess for longer, which is what fewer
-# steps cost.
+# with eta from 0 to 1. At eta = 0 nothing is random after x_T. At eta = 1 and s = t - 1 this is
+# ddpm_step again. Fewer steps trust each guess for longer: that is their price.
 
 
 def ddim_step(schedule, x_t, t, s, x_0, eps, z, eta):
     """Eq. 12 of DDIM: from x_t to x_s, 0 <= s < t <= T.
 
-    x_t, x_0, eps, z: float (B, 1, H, W), the two guesses and fresh noise, which may be 0 if eta
-    is; t, s: int; eta: 0 to 1. Returns x_s: (B, 1, H, W).
+    x_t, x_0, eps, z: float (B, 1, H, W): the picture, both guesses, fresh noise (z may be the
+    number 0 if eta is 0). t, s: int. eta: 0 to 1. Returns x_s: (B, 1, H, W).
     """
     var_t, var_s = schedule.one_minus_alpha_bar[t], schedule.one_minus_alpha_bar[s]
     ratio = schedule.alpha_bar[t] / schedule.alpha_bar[s]
@@ -605,14 +606,12 @@ def reverse_process(model, schedule, x_T, steps=T, eta=1.0, generator=None):
     x_T: standard normal float (B, 1, 32, 32). steps: 1..T. eta: 0 to 1. With steps = T and
     eta = 1 this is Algorithm 2, otherwise DDIM. generator: of z, on the CPU, so that a seed means
     the same z on every device. Yields (t, x_t, guess of x_0 from x_t), t falling from T; at the
-    end (0, x_0, x_0). Raises ValueError, when first asked for a step, as timesteps does.
+    end (0, x_0, x_0). Raises ValueError, at the first stop, as timesteps does.
     """
     x, x_0 = x_T, torch.zeros_like(x_T)
     for t, s in pairwise(timesteps(steps)):
         now = torch.full((len(x),), t, device=x.device)  # (B,)
-        x_0 = guess_x_0(
-            model, schedule, x, now, x_0
-        )  # the guess before goes in, a new one comes out
+        x_0 = guess_x_0(model, schedule, x, now, x_0)
         eps = predict_eps(schedule, x, now, x_0)
         yield t, x, x_0
         z = torch.randn(x.shape, generator=generator).to(x.device)
@@ -624,7 +623,7 @@ def reverse_process(model, schedule, x_T, steps=T, eta=1.0, generator=None):
 
 
 def sample(model, schedule, x_T, steps=T, eta=1.0, generator=None):
-    """The pictures at the end of reverse_process: (B, 1, 32, 32), about in [-1, 1]."""
+    """The pictures at the end of reverse_process: (B, 1, 32, 32), in [-1, 1] up to rounding."""
     for _, x, _ in reverse_process(model, schedule, x_T, steps, eta, generator):
         pass
     return x
@@ -684,55 +683,51 @@ def load(path):
 
 # ==== 12. What to change for something else =======================================================
 #
-# 64x64 pictures: one more entry in `channels`, in `pairs` and in `levels` of UNet, and SIZE in
-#   shapes.py. The rest does not depend on the size.
-# Colour: the 1 of x_t and of x_0_before in `stem` (2 = 1 + 1 channels, then 6 = 3 + 3) and of `out`
-#   becomes 3. Values between -1 and +1 need v in place of the tanh: the end of guess_x_0.
-# Another schedule: `beta` in Schedule.__init__. Nichol & Dhariwal 2021 (arXiv 2102.09672), Eq. 17,
-#   give alpha_bar; then beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.999. Draw t (FOCUS)
-#   where the signal-to-noise ratio is what it is now between t = 80 and 500.
-# A wish ("a triangle, please"): give the wish a vector of its own, nn.Embedding(kinds + 1,
-#   time_dim), and add it to `time` in UNet.forward. Train with the wish left out (the last index)
-#   in one step of ten; in sampling, move the guess of b away from the one without a wish (Ho &
+# 64x64 pictures: SIZE in shapes.py, and one more level in UNet (`channels` and both `pairs`; names of
+#   levels in `stages`). With more pixels every decision moves to a larger t: shift FOCUS, too.
+# Colour: 3 + 3 channels into `stem`, 3 out of `out`, and 3 for the 1 in the pictures' shapes.
+# Grey or coloured values, not only -1 and +1: no tanh. Let the network return
+#   v = signal eps - noise x_0; then x_0 = signal x_t - noise v, which magnifies no error (Salimans
+#   & Ho 2022, arXiv 2202.00512). That is the last line of guess_x_0.
+# Another schedule: `beta` in Schedule. For the cosine schedule of Nichol & Dhariwal 2021 (arXiv
+#   2102.09672, Eq. 17) compute alpha_bar, then beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most
+#   0.999; and let FOCUS cover the same signal-to-noise ratios as before.
+# "A triangle, please": class conditioning. A vector for each kind, nn.Embedding(4 + 1, time_dim),
+#   is added to `time` in UNet.forward. In a tenth of the steps train with the last one, "no wish".
+#   In sampling use b_none + w (b_class - b_none) with w > 1: classifier-free guidance (Ho &
 #   Salimans 2022, arXiv 2207.12598).
 
 # ==== 13. Look at it: python ddpm.py ==============================================================
 
 
 def stages(model):
-    """The parts of the U-Net from input to output: a list of (name, resolution, channels, module)."""
+    """The parts of the U-Net, input to output: a list of (name, resolution, channels, modules)."""
     levels = list(zip(("32x32", "16x16", "8x8"), model.config["channels"]))
-    rows = [("time embedding", "", model.config["time_dim"], model.time)]
-    rows += [("stem", *levels[0], model.stem)]
-    rows += [("down", *level, module) for level, module in zip(levels, model.down)]
-    rows += [("middle", "4x4", model.config["bottleneck"], model.middle)]
-    rows += [("up", *level, module) for level, module in zip(levels[::-1], model.up)]
-    return [*rows, ("out", "32x32", 1, nn.ModuleList([model.norm, model.out]))]
+    rows = [("time embedding", "", model.config["time_dim"], [model.time])]
+    rows += [("stem", *levels[0], [model.stem])]
+    rows += [("down", *level, [block]) for level, block in zip(levels, model.down)]
+    rows += [("middle", "4x4", model.config["bottleneck"], [model.middle])]
+    rows += [("up", *level, [block]) for level, block in zip(levels[::-1], model.up)]
+    return [*rows, ("out", "32x32", 1, [model.norm, model.out])]
 
 
 def table(model):
-    """One line for each stage: its parameters, and its multiplications for one picture."""
+    """The stages as text, with their parameters and the multiplications for one picture."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    picture = torch.zeros(1, 1, 32, 32)
-    lines = [
-        f"{'stage':<16}{'resolution':>10}{'channels':>10}{'parameters':>12}{'mult., million':>16}"
-    ]
-    total = [0, 0]
     with FlopCounterMode(display=False) as counter:
-        model(picture, picture, torch.ones(1, dtype=torch.long))
-    flops = counter.get_flop_counts()
+        model(torch.zeros(1, 1, 32, 32), torch.zeros(1, 1, 32, 32), torch.ones(1).long())
+    counts = counter.get_flop_counts()  # a multiplication and an addition count as two
     names = {module: f"UNet.{name}" for name, module in model.named_modules()}
-    for name, resolution, channels, module in stages(model):
-        parameters = sum(p.numel() for p in module.parameters())
-        # The counter counts a multiplication and an addition as two operations.
-        part = names.get(module, "UNet.out")
-        multiplications = sum(flops[part].values()) / 2e6
-        total = [total[0] + parameters, total[1] + multiplications]
-        lines.append(
-            f"{name:<16}{resolution:>10}{channels:>10}{parameters:>12,}{multiplications:>16.1f}"
-        )
-    return "\n".join([*lines, f"{'total':<36}{total[0]:>12,}{total[1]:>16.1f}"])
+    head = ("stage", "resolution", "channels", "parameters", "multiplications")
+    lines = ["{:<16}{:>10}{:>10}{:>12}{:>17}".format(*head)]
+    sums = [0, 0]
+    for name, resolution, channels, modules in stages(model):
+        sizes = [sum(p.numel() for module in modules for p in module.parameters())]
+        sizes += [sum(sum(counts.get(names[module], {}).values()) for module in modules) // 2]
+        lines += [f"{name:<16}{resolution:>10}{channels:>10}{sizes[0]:>12,}{sizes[1]:>17,}"]
+        sums = [total + size for total, size in zip(sums, sizes)]
+    return "\n".join([*lines, f"{'total':<36}{sums[0]:>12,}{sums[1]:>17,}"])
 
 
 def save_forward_process(path):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from PIL import Image
+from PIL import Image  # comes with matplotlib
 from tqdm import tqdm
 
 import ddpm
@@ -67,13 +67,12 @@ def parser():
     p.add_argument("--output", metavar="PATH", help="a .png; default: a name for each picture")
     p.add_argument("--n", type=int, help="how many pictures")
     p.add_argument("--steps", type=int, default=ddpm.T, help="1000 is Algorithm 2, fewer are DDIM")
-    p.add_argument("--eta", type=float, default=1.0, help="share of fresh noise: 1, or 0 for none")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     return p
 
 
-def draw(model, schedule, n, steps, eta, seed, every=False):
+def draw(model, schedule, n, steps, seed, eta=1.0, every=False):
     """Walks from noise to n pictures, with a progress bar.
 
     Returns a list of (t, x_t, guess of x_0) on the CPU: the whole walk if every, else its end.
@@ -167,6 +166,22 @@ def print_score(x, run, untrained):
         print(f"{name:<24}" + "".join(f"{s[share]:>13.1%}" for share in shares) + f"   {counts}")
 
 
+@torch.no_grad()
+def print_loss_by_t(model, schedule, run):
+    """Prints the loss (Eq. 14) at several t, with an earlier guess, on 256 held-out pictures."""
+    x_0 = torch.from_numpy(shapes.to_model(shapes.make_dataset(256, [run["seed"], 2])))
+    x_0 = x_0.to(schedule.beta.device)
+    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0.device)
+    times, losses = (50, 100, 200, 300, 400, 500, 600, 800, 1000), []
+    for now in times:
+        t = torch.full((len(x_0),), now, device=x_0.device)
+        x_t = ddpm.q_sample(schedule, x_0, t, eps)
+        guess = ddpm.guess_x_0(model, schedule, x_t, t, torch.zeros_like(x_t))
+        losses.append(ddpm.loss_fn(model, schedule, x_0, t, eps, guess).item())
+    print("t                " + "".join(f"{t:>8}" for t in times))
+    print("loss times 10,000" + "".join(f"{1e4 * loss:>8.1f}" for loss in losses))
+
+
 def save_steps_curve(path, model, schedule, n, seed):
     """Draws the share of right pictures against the number of steps, from the same noise.
 
@@ -177,7 +192,7 @@ def save_steps_curve(path, model, schedule, n, seed):
     for eta in (0.0, 1.0):
         shares = []
         for steps in CURVE:
-            x = draw(model, schedule, n, steps, eta, seed)[-1][1]
+            x = draw(model, schedule, n, steps, seed, eta)[-1][1]
             shares.append(shapes.score(x.clamp(-1, 1))["right"])
             print(f"{steps} steps, eta = {eta:g}: {shares[-1]:.1%} of {n} right")
         axes.plot(CURVE, shares, "o-", label=f"$\\eta$ = {eta:g}")
@@ -196,9 +211,8 @@ def save_inside(path, model, schedule, seed):
     differ most from pixel to pixel. Each panel has its own grey scale.
     """
     levels = [*model.down, model.middle, *model.up]
-    attentions = [level.attention for level in levels[3:]]
     seen = {}  # what each level and each softmax returned
-    for module in [*levels, *(a.softmax for a in attentions)]:
+    for module in [*levels, *(level.attention.softmax for level in levels[3:])]:
         module.register_forward_hook(lambda m, _, y: seen.__setitem__(m, y.float().cpu()))
     device = schedule.beta.device
     t = torch.tensor([INSIDE], device=device)
@@ -212,9 +226,8 @@ def save_inside(path, model, schedule, seed):
     for place, level in zip(("down",) * 3 + ("middle",) + ("up",) * 3, levels):
         channels = seen[level][0]  # (C, H, W)
         two = channels[channels.var((1, 2)).topk(2).indices]  # (2, H, W)
-        columns.append(
-            (f"{place}\n{len(channels)} of {channels.shape[1]}x{channels.shape[2]}", two)
-        )
+        size = "x".join(map(str, channels.shape[1:]))
+        columns.append((f"{place}\n{len(channels)} of {size}", two))
     columns.append(("guess of $x_0$\nguess of $\\epsilon$", torch.cat([guess, found])[:, 0].cpu()))
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
@@ -224,19 +237,19 @@ def save_inside(path, model, schedule, seed):
             axes.imshow(picture.numpy(), cmap="gray")
             axes.set(xticks=[], yticks=[])
 
-    # Attention from one white pixel, in the middle of the list of all: its weights for all keys.
+    # Attention from one white pixel, the middle one in the list of all: its weights.
     white = (x_0[0, 0] > 0).nonzero()  # (number of white pixels, 2)
     y, x = white[len(white) // 2].tolist()
-    panels = bottom.subplots(1, len(attentions) + 1)
+    panels = bottom.subplots(1, len(levels) - 2)
     panels[0].imshow(x_0[0, 0].numpy(), cmap="gray")
     panels[0].set_title("query: the red pixel", fontsize=9)
-    for axes, attention in zip(panels[1:], attentions):
-        weights = seen[attention.softmax][0].mean(0)  # (N, M), the mean of all heads
-        queries, keys = (math.isqrt(length) for length in weights.shape)  # the sides of both grids
-        row, column = y * queries // shapes.SIZE, x * queries // shapes.SIZE
-        picture = weights[row * queries + column].view(keys, keys)
+    for axes, level in zip(panels[1:], levels[3:]):
+        weights = seen[level.attention.softmax][0].mean(0)  # (M, M), the mean of all heads
+        side, size = math.isqrt(len(weights)), seen[level].shape[3]
+        row, column = y * side // shapes.SIZE, x * side // shapes.SIZE
+        picture = weights[row * side + column].view(side, side)
         axes.imshow(picture.numpy(), cmap="gray", vmin=0, extent=(-0.5, 31.5, 31.5, -0.5))
-        axes.set_title(f"attention at {queries}x{queries}\n{keys}x{keys} keys", fontsize=9)
+        axes.set_title(f"attention at {size}x{size}\n{side}x{side} places", fontsize=9)
     for axes in panels:
         axes.plot(x, y, "o", color="red", markersize=5)
         axes.set(xticks=[], yticks=[])
@@ -252,12 +265,10 @@ def main():
     path = Path(args.output or name or "none.png")
     if not 1 <= n <= most:
         flags.error(f"--n must be from 1 to {most} here")
-    if not 1 <= args.steps <= ddpm.T or not 0 <= args.eta <= 1 or not 0 <= args.seed < 2**32:
-        flags.error(
-            "--steps must be from 1 to 1000, --eta from 0 to 1, --seed from 0 to 4294967295"
-        )
-    if path.suffix.lower() != ".png":
-        flags.error(f"--output {path} should end in .png")
+    if not 1 <= args.steps <= ddpm.T or not 0 <= args.seed < 2**32:
+        flags.error("--steps must be from 1 to 1000, --seed from 0 to 4294967295")
+    if path.suffix.lower() != ".png" or not path.parent.is_dir():
+        flags.error(f"--output {path} should be a .png in a folder that is there")
     checkpoint = args.checkpoint or (TRAINED if TRAINED.exists() else PRETRAINED)
     state, model = ddpm.load(checkpoint)
     device = ddpm.pick_device(args.device)
@@ -268,11 +279,12 @@ def main():
     elif what == "inside":
         save_inside(path, model, schedule, args.seed)
     else:
-        walk = draw(model, schedule, n, args.steps, args.eta, args.seed, every=what == "process")
+        walk = draw(model, schedule, n, args.steps, args.seed, every=what == "process")
         x = walk[-1][1]  # (n, 1, 32, 32)
         if what == "score":
             new = ddpm.UNet().requires_grad_(False).to(device)
-            print_score(x, state["run"], draw(new, schedule, n, 20, args.eta, args.seed)[-1][1])
+            print_score(x, state["run"], draw(new, schedule, n, 20, args.seed)[-1][1])
+            print_loss_by_t(model, schedule, state["run"])
             return
         if what == "process":
             save_process(path, walk)

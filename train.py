@@ -40,7 +40,12 @@ def parser():
     p.add_argument("--epochs", type=int, default=100, help="passes over the training pictures")
     p.add_argument("--samples", type=int, default=10_000, help="training pictures to draw")
     p.add_argument("--batch-size", type=int, default=64, help="training pictures per step")
-    p.add_argument("--lr", type=float, default=2e-4, help="learning rate at its peak")
+    p.add_argument(
+        "--lr",
+        type=float,
+        default=2e-4,
+        help="learning rate; matrices get 40 times this, the rest 8 times",
+    )
     p.add_argument("--seed", type=int, default=0, help="of data, weights and noise")
     p.add_argument("--resume", action="store_true", help="go on from latest.pt, up to --epochs")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help=" ")
@@ -232,18 +237,20 @@ def train(argv=None, name=None, after_epoch=lambda: None):
     data = draw_data(args.samples, args.seed, device)
     held_out = draw_data(HELD_OUT, [args.seed, 1], device)
     x_T = torch.randn(GRID, 1, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    batches = args.samples // args.batch_size  # the rest, less than a batch, is left out
+    step = len(history) * batches
 
     folder.mkdir(parents=True, exist_ok=True)
-    writer = SummaryWriter(Path(args.logs) / name)
+    writer = SummaryWriter(Path(args.logs) / name, purge_step=step + 1)
     if not saved:
         set_aside(folder)
     latest = folder / "latest.pt"
     written = latest.stat().st_mtime_ns if saved else None  # when this run wrote latest.pt
-    batches = args.samples // args.batch_size  # the rest, less than a batch, is left out
-    step = len(history) * batches
     number_type = "bfloat16" if ddpm.fast_bfloat16(device) else "float32"
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{device}, {number_type}: {parameters:,} parameters, {args.samples:,} pictures")
+    if len(history) >= args.epochs:
+        print(f"{latest} has {len(history)} epochs already; a larger --epochs goes on")
     bar = tqdm(total=args.epochs * batches, initial=step, unit="step")
     for epoch in range(len(history) + 1, args.epochs + 1):
         start, losses = time.perf_counter(), []
@@ -265,6 +272,8 @@ def train(argv=None, name=None, after_epoch=lambda: None):
             if step % 20 == 0:  # .item() waits for the GPU, so not at every step
                 bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
 
+        if written != (latest.stat().st_mtime_ns if latest.exists() else None):
+            sys.exit(f"error: another training writes to {folder}; this one stops, see run_* there")
         losses = torch.stack(losses).tolist()
         row = {"epoch": epoch, "train_loss": sum(losses) / batches}
         row["val_loss"] = validation_loss(ema.model, schedule, held_out)
@@ -273,10 +282,9 @@ def train(argv=None, name=None, after_epoch=lambda: None):
         line = f"epoch {epoch}: loss {row['train_loss']:.4f}, validation {row['val_loss']:.4f}"
         if epoch % SAMPLE_EVERY == 0 or epoch == args.epochs:
             bar.set_postfix_str(f"drawing {GRID} samples")
-            x = ddpm.sample(
-                ema.model, schedule, x_T, GRID_STEPS, generator=torch.Generator().manual_seed(0)
-            )
-            x = x.clamp(-1, 1).cpu()
+            z_generator = torch.Generator().manual_seed(0)
+            x = ddpm.sample(ema.model, schedule, x_T, GRID_STEPS, generator=z_generator)
+            x = x.clamp(-1, 1).cpu()  # (GRID, 1, 32, 32)
             grid = shapes.tile(shapes.from_model(x), columns=16)
             shapes.save_picture(folder / f"samples_{epoch:04d}.png", grid)
             writer.add_image("samples", grid[None], step)
@@ -288,13 +296,10 @@ def train(argv=None, name=None, after_epoch=lambda: None):
             writer.add_scalar("loss/train", value, i)
         for key in row.keys() & {"val_loss", "right", "right shapes"}:
             writer.add_scalar(key, row[key], step)
-        row["minutes"] = (history[-1]["minutes"] if history else 0) + (
-            time.perf_counter() - start
-        ) / 60
+        minutes = (time.perf_counter() - start) / 60
+        row["minutes"] = minutes + (history[-1]["minutes"] if history else 0)
         history.append(row)
 
-        if written != (latest.stat().st_mtime_ns if latest.exists() else None):
-            sys.exit(f"error: another training writes to {folder}; this one stops, see run_* there")
         run = {flag: getattr(args, flag) for flag in RUN}
         state = {"config": model.config, "run": run, "epoch": epoch, "ema": ema.model.state_dict()}
         # best before latest: if the program is killed between the two, the epoch is done again.

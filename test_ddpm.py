@@ -9,6 +9,7 @@ import itertools
 import math
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -78,23 +79,24 @@ def test_every_mask_against_its_geometry():
         inside = [
             [math.hypot(x - r, y - r) < r + 0.5 for x in range(2 * r + 1)] for y in range(2 * r + 1)
         ]
-        assert 4 <= r <= 8 and np.array_equal(mask, inside)
+        assert 4 <= r <= 6 and np.array_equal(mask, inside)
     for mask in shapes.CATALOGUE["rectangle"]:
         assert mask.all() and 6 <= min(mask.shape) and max(mask.shape) <= 16
     for mask in shapes.CATALOGUE["triangle"]:
         # One of the four turns has its tip up: rows grow by 2 or stay, around the same middle.
         upright = [m for m in map(np.rot90, [mask] * 4, range(4)) if (np.diff(m.sum(1)) >= 0).all()]
-        upright = [m for m in upright if m[0].sum() <= 2 < m[-1].sum()]
-        (m,) = upright
+        (m,) = [m for m in upright if m[0].sum() == 1]
         assert np.array_equal(m, m[:, ::-1]) and m[-1].all()
         assert set(np.diff(m.sum(1))) <= {0, 2} and (np.diff(m, axis=0) >= 0).all()
     for mask in shapes.CATALOGUE["line"]:
         h, w = mask.shape
-        if h == w:  # a diagonal: at most 3 pixels in each row
-            assert mask.trace() in (0 if h % 2 == 0 else 1, 2, 3, h) or True
-            assert mask.sum(1).max() <= 5 and 8 <= h <= 18
+        if (
+            h == w
+        ):  # a diagonal, or its mirror image: three pixels in a row, two in the first and last
+            assert mask.sum(1).tolist() == [2, *[3] * (h - 2), 2] and 8 <= h <= 14
+            assert mask.trace() == h or mask[::-1].trace() == h
         else:
-            assert mask.all() and min(h, w) in (2, 3, 4) and 10 <= max(h, w) <= 22
+            assert mask.all() and min(h, w) in (2, 3) and 10 <= max(h, w) <= 18
     assert all(len(blobs(mask)) == 1 for mask in itertools.chain(*shapes.CATALOGUE.values()))
 
 
@@ -137,7 +139,7 @@ def test_a_data_set_holds_what_it_says():
     widths = np.bincount([p.any(0).sum() for p in alone])
     assert min(widths[[9, 11, 13]]) > 50 and widths.sum() == widths[[9, 11, 13]].sum()
     used = pictures.mean(0)
-    assert used.min() > 0.01 and np.abs(used - used[::-1, ::-1]).max() < 0.03
+    assert used.min() > 0.001 and np.abs(used - used[::-1, ::-1]).max() < 0.03
 
 
 def test_model_range_and_back():
@@ -903,20 +905,14 @@ def test_the_compiled_network_computes_the_same():
 
 def script(*words, cwd, limit=None):
     """Runs a script in a folder of its own. limit: the largest file it may write, in bytes."""
-    code = (
-        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
-        if limit
-        else ""
-    )
-    code += f"import sys, runpy; sys.argv = {[str(w) for w in words]!r}; sys.path.insert(0, {str(HERE)!r});"
-    code += f"runpy.run_path({str(HERE / words[0])!r}, run_name='__main__')"
-    command = (
-        [sys.executable, "-c", code]
-        if limit
-        else [sys.executable, HERE / words[0], *map(str, words[1:])]
-    )
     return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=170, check=False
+        [sys.executable, HERE / words[0], *map(str, words[1:])],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+        preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
     )
 
 
@@ -978,14 +974,6 @@ def test_sampling_from_the_command_line(trained, monkeypatch, capsys):
     monkeypatch.setattr(sample, "CURVE", (1, 2))
     run("--curve", "--n=2")
     assert (trained / "steps.png").exists()
-
-
-def test_explained_pictures_have_the_colours_of_their_kinds(tmp_path):
-    """Catches: a legal shape in red, colours mixed up."""
-    pictures = shapes.make_dataset(8, seed=1)
-    pictures[0, 0, 0] ^= 1
-    sample.save_explained(tmp_path / "x.png", torch.from_numpy(shapes.to_model(pictures)))
-    assert (tmp_path / "x.png").exists()
 
 
 def test_the_other_scripts_run(tmp_path):

@@ -216,6 +216,7 @@ def train(argv=None, name=None, after_epoch=lambda: None):
     schedule = ddpm.Schedule(device)
     model = ddpm.UNet(**saved["config"] if saved else {}).to(device)
     ema, optimizers = ddpm.EMA(model), optimizers_for(model, args.lr)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     generator = torch.Generator(device).manual_seed(args.seed)  # of everything random in training
     history, name = [], name or time.strftime("%Y-%m-%d_%H-%M-%S")
     if saved:
@@ -263,8 +264,8 @@ def train(argv=None, name=None, after_epoch=lambda: None):
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             factor = min(1, step / WARMUP, math.sqrt(CONSTANT / step))
-            for optimizer, rate in zip(optimizers, (MATRIX_RATE, OTHER_RATE)):
-                optimizer.param_groups[0]["lr"] = rate * args.lr * factor
+            for optimizer, peak in zip(optimizers, peaks):
+                optimizer.param_groups[0]["lr"] = peak * factor
                 optimizer.step()
             ema.update(model, step)
             losses.append(loss.detach())
@@ -272,8 +273,6 @@ def train(argv=None, name=None, after_epoch=lambda: None):
             if step % 20 == 0:  # .item() waits for the GPU, so not at every step
                 bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
 
-        if written != (latest.stat().st_mtime_ns if latest.exists() else None):
-            sys.exit(f"error: another training writes to {folder}; this one stops, see run_* there")
         losses = torch.stack(losses).tolist()
         row = {"epoch": epoch, "train_loss": sum(losses) / batches}
         row["val_loss"] = validation_loss(ema.model, schedule, held_out)
@@ -300,6 +299,8 @@ def train(argv=None, name=None, after_epoch=lambda: None):
         row["minutes"] = minutes + (history[-1]["minutes"] if history else 0)
         history.append(row)
 
+        if written != (latest.stat().st_mtime_ns if latest.exists() else None):
+            sys.exit(f"error: another training writes to {folder}; this one stops, see run_* there")
         run = {flag: getattr(args, flag) for flag in RUN}
         state = {"config": model.config, "run": run, "epoch": epoch, "ema": ema.model.state_dict()}
         # best before latest: if the program is killed between the two, the epoch is done again.

@@ -198,13 +198,13 @@ def zero(layer):
 # side by side with vectors of their own, so that a pixel can collect different things at once.
 #
 # The cost is the number of queries times the number of keys: 256 products at 4x4, but a million at
-# 32x32. So attention works on at most 8x8 places: each block of pixels is averaged to one place, and
-# all its pixels get the same result. That makes at most M = 64 places and 4096 products. Every
+# 32x32. So attention works on at most 8x8 places: each block of pixels is averaged to one place,
+# and all its pixels get the same result. That makes at most M = 64 places and 4096 products. Every
 # pixel still gets something from the whole picture; the convolutions that follow do the details.
 # Attention itself does not know where a place is. It learns that from the convolutions before it,
 # which see the zeros with which they pad the edge of the picture.
 
-GRID = 8
+ATTENTION_SIDE = 8
 
 
 class Attention(nn.Module):
@@ -222,7 +222,7 @@ class Attention(nn.Module):
         self.out = zero(nn.Linear(width, channels))
 
     def forward(self, x):
-        block = max(1, x.shape[2] // GRID)
+        block = max(1, x.shape[2] // ATTENTION_SIDE)
         y = self.norm(F.avg_pool2d(x, block))  # (B, C, h, w), h = H / block
         h, w = y.shape[2:]
         y = self.qkv(y.flatten(2).transpose(1, 2))  # (B, M, 3 width), M = h w
@@ -377,10 +377,10 @@ class UNet(nn.Module):
 # x_0 = tanh(signal x_t / noise^2). What the other pixels say multiplies the odds by a factor
 # exp(2b), which adds b to a. The network returns this b. Its last layer is zero-initialised, so
 # before any training b = 0, and the guess is what each pixel says on its own. (The loss of section
-# 9 is then @@L0@@, as a mean over all t; a guess of 0 noise would give 1.) The tanh keeps all guesses
-# between -1 and +1. As t falls, its argument becomes large, positive or negative, and the guess
-# approaches -1 or +1. The last step of sampling returns just this guess, so nothing needs to be
-# clipped. (For grey or coloured pictures the formula does not hold; section 12 says what to do.)
+# 9 is then @@L0@@, as a mean over all t; a guess of 0 noise would give 1.) The tanh keeps all
+# guesses between -1 and +1. As t falls, its argument becomes large, positive or negative, and the
+# guess approaches -1 or +1. The last step of sampling returns just this guess, so nothing needs to
+# be clipped. (For grey or coloured pictures the formula does not hold; section 12 says what to do.)
 #
 # One more thing helps with binary data: the network also sees its own guess of x_0 from the
 # sampling step before, as a second input channel. This is self-conditioning (Chen, Zhang & Hinton
@@ -480,9 +480,9 @@ def training_loss(model, schedule, x_0, generator):
     """
     t = draw_t(len(x_0), generator, x_0.device)  # (B,)
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
-    # Self-conditioning: in half of the steps the network first guesses without an earlier guess, and
-    # this guess is the earlier guess for the second pass. (In sampling it comes from a larger t.
-    # Training with a guess from a larger t gave worse samples.) No gradient, to save time.
+    # Self-conditioning: in half of the steps the network first guesses without an earlier guess,
+    # and this guess is the earlier guess for the second pass. (In sampling it comes from a larger
+    # t. Training with a guess from a larger t gave worse samples.) No gradient, to save time.
     x_0_before = torch.zeros_like(x_0)
     if torch.rand((), generator=generator, device=x_0.device) < 0.5:
         with torch.no_grad():
@@ -669,6 +669,8 @@ def load(path):
             if parts.testzip():
                 raise ValueError("its checksums are wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := {"config", "run", "epoch", "ema"} - set(state):
+            raise ValueError(f"it lacks {sorted(missing)}")
         with torch.device("meta"):  # no memory until it is known that the weights fit
             model = UNet(**state["config"])
         model.load_state_dict(state["ema"], assign=True)
@@ -683,8 +685,9 @@ def load(path):
 
 # ==== 12. What to change for something else =======================================================
 #
-# 64x64 pictures: SIZE in shapes.py, and one more level in UNet (`channels` and both `pairs`; names of
-#   levels in `stages`). With more pixels every decision moves to a larger t: shift FOCUS, too.
+# 64x64 pictures: SIZE in shapes.py, and one more level in UNet (`channels` and both `pairs`, and
+#   the names of the levels in `stages`). With more pixels every decision moves to a larger t, so
+#   shift FOCUS, too.
 # Colour: 3 + 3 channels into `stem`, 3 out of `out`, and 3 for the 1 in the pictures' shapes.
 # Grey or coloured values, not only -1 and +1: no tanh. Let the network return
 #   v = signal eps - noise x_0; then x_0 = signal x_t - noise v, which magnifies no error (Salimans

@@ -3,7 +3,7 @@
 The training is train.py's own, on an A100 at modal.com, with a volume named diffusion-checkpoints
 in place of the folder checkpoints/. Your machine needs nothing but modal. Fetch the result with
 
-    modal volume get diffusion-checkpoints best.pt ./checkpoints/
+    mkdir -p checkpoints && modal volume get --force diffusion-checkpoints best.pt checkpoints/
 """
 
 import time
@@ -43,15 +43,18 @@ def train_in_cloud(flags, name, folder=FOLDER):
 
 @app.local_entrypoint()
 def main(
-    epochs: int = 100,
-    samples: int = 10_000,
-    batch_size: int = 64,
-    lr: float = 2e-4,
+    epochs: int | None = None,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
     resume: bool = False,
-    seed: int = 0,
-    device: str = "auto",
+    seed: int | None = None,
+    device: str | None = None,
 ):
-    """Train a diffusion model on 32x32 pictures of shapes on an A100 at modal.com."""
-    flags = ["--epochs", epochs, "--samples", samples, "--batch-size", batch_size, "--lr", lr]
-    flags += ["--seed", seed, "--device", device, *["--resume"] * resume]
-    train_in_cloud.remote([str(flag) for flag in flags], time.strftime("%Y-%m-%d_%H-%M-%S"))
+    """Train on 32x32 pictures of shapes on an A100 at modal.com, with the flags of train.py."""
+    given = {"epochs": epochs, "samples": samples, "batch-size": batch_size, "lr": lr}
+    given |= {"seed": seed, "device": device}
+    flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    if resume:
+        flags.append("--resume")
+    train_in_cloud.remote(flags, time.strftime("%Y-%m-%d_%H-%M-%S"))

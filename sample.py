@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image  # comes with matplotlib
@@ -33,7 +34,7 @@ DRAWN = {
     "samples": ("samples.png", 16, 2000),
     "process": ("process.png", 4, 16),
     "explain": ("explained.png", 16, 256),
-    "score": (None, 500, 10_000),
+    "score": ("", 500, 10_000),
     "curve": ("steps.png", 200, 2000),
     "inside": ("inside.png", 1, 1),
 }
@@ -125,8 +126,6 @@ def save_process(path, walk):
 
 def save_explained(path, x):
     """Saves pictures in which every blob has the colour of its kind; red is no legal shape."""
-    from matplotlib.colors import to_rgb
-
     coloured = np.zeros((len(x), shapes.SIZE, shapes.SIZE, 3))
     for picture, white in zip(coloured, x[:, 0] > 0):
         for kind, blob in shapes.explain(white):
@@ -158,12 +157,14 @@ def print_score(x, run, untrained):
     }
     shares = ("right", "right shapes", "decided", "copies", "distinct")
     print(
-        f"{'':<24}" + "".join(f"{name:>13}" for name in shares) + "   circ rect tri line    1 2 3"
+        f"{'':<24}"
+        + "".join(f"{name:>13}" for name in shares)
+        + "   circ rect  tri line    1    2    3"
     )
     for name, pictures in rows.items():
-        s = shapes.score(np.clip(pictures, -1, 1), training)
-        counts = " ".join(map(str, s["kinds"])) + "    " + " ".join(map(str, s["shapes"]))
-        print(f"{name:<24}" + "".join(f"{s[share]:>13.1%}" for share in shares) + f"   {counts}")
+        s = shapes.score(np.clip(np.asarray(pictures), -1, 1), training)
+        counts = "".join(f"{count:>5}" for count in [*s["kinds"], *s["shapes"]])
+        print(f"{name:<24}" + "".join(f"{s[share]:>13.1%}" for share in shares) + f"  {counts}")
 
 
 @torch.no_grad()
@@ -262,12 +263,12 @@ def main():
     what = args.what or "samples"
     name, n, most = DRAWN[what]
     n = n if args.n is None else args.n
-    path = Path(args.output or name or "none.png")
+    path = Path(args.output or name)
     if not 1 <= n <= most:
         flags.error(f"--n must be from 1 to {most} here")
     if not 1 <= args.steps <= ddpm.T or not 0 <= args.seed < 2**32:
         flags.error("--steps must be from 1 to 1000, --seed from 0 to 4294967295")
-    if path.suffix.lower() != ".png" or not path.parent.is_dir():
+    if name and (path.suffix.lower() != ".png" or not path.parent.is_dir()):
         flags.error(f"--output {path} should be a .png in a folder that is there")
     checkpoint = args.checkpoint or (TRAINED if TRAINED.exists() else PRETRAINED)
     state, model = ddpm.load(checkpoint)
@@ -301,5 +302,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, MemoryError) as e:
+    except (OSError, MemoryError, torch.OutOfMemoryError) as e:
         sys.exit(f"error: {e or 'not enough memory'}")

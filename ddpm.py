@@ -378,7 +378,7 @@ class UNet(nn.Module):
 # x_0 = tanh(signal x_t / noise^2). What the other pixels say multiplies the odds by a factor
 # exp(2b), which adds b to a. The network returns this b. Its last layer is zero-initialised, so
 # before any training b = 0, and the guess is what each pixel says on its own. (The loss of section
-# 9 is then @@L0@@, as a mean over all t; a guess of 0 noise would give 1.) The tanh keeps all
+# 9 is then 0.12, as a mean over all t; a guess of 0 noise would give 1.) The tanh keeps all
 # guesses between -1 and +1. As t falls, its argument becomes large, positive or negative, and the
 # guess approaches -1 or +1. The last step of sampling returns just this guess, so nothing needs to
 # be clipped. (For grey or coloured pictures the formula does not hold; section 12 says what to do.)

@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -801,6 +802,7 @@ def test_two_epochs_and_two_more_are_four(tiny, tmp_path):
     losses = [[(r["train_loss"], r["val_loss"]) for r in s["history"]] for s in (whole, parts)]
     assert losses[0] == losses[1] and len(losses[0]) == 4
     assert not same(whole["model"], other["model"]) and not same(whole["model"], whole["ema"])
+    assert whole["optimizers"][0]["param_groups"][0]["lr"] == pytest.approx(0.16 * 40e-3)
     # The command just typed works with --resume, too; with another --lr it would not.
     words = ["--samples=64", "--batch-size=16", "--lr=1e-3", "--resume", "--epochs=4"]
     assert same(run_train(tmp_path / "b", *words), parts)
@@ -810,15 +812,25 @@ def test_two_epochs_and_two_more_are_four(tiny, tmp_path):
 
 def test_each_epoch_shuffles_anew(tiny, monkeypatch, tmp_path):
     """Catches: data that is not reshuffled, or pictures used twice in an epoch."""
-    batches, original = [], ddpm.training_loss
+    batches, steps, original, update = [], [], ddpm.training_loss, ddpm.EMA.update
     monkeypatch.setattr(train, "mirror", lambda x_0, generator: x_0)
 
     def spy(model, schedule, x_0, generator):
         batches.append(x_0.clone())
         return original(model, schedule, x_0, generator)
 
+    def spy_on_ema(ema, model, step):
+        steps.append(step)
+        update(ema, model, step)
+
     monkeypatch.setattr(ddpm, "training_loss", spy)
-    run_train(tmp_path, "--epochs=2")
+    monkeypatch.setattr(ddpm.EMA, "update", spy_on_ema)
+    monkeypatch.setattr(train, "CONSTANT", 2)
+    monkeypatch.setattr(train, "WARMUP", 1)
+    state = run_train(tmp_path, "--epochs=2")
+    assert steps == list(range(1, 9))
+    rates = [optimizer["param_groups"][0]["lr"] for optimizer in state["optimizers"]]
+    assert rates == pytest.approx([0.5 * 40e-3, 0.5 * 8e-3])  # sqrt(2 / 8) of the peak
     first, second = torch.cat(batches[:4]), torch.cat(batches[4:])
     data = torch.from_numpy(shapes.to_model(shapes.make_dataset(64, seed=0)))
     assert not torch.equal(first, second) and not torch.equal(first, data)
@@ -983,6 +995,24 @@ def test_the_other_scripts_run(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"forward.png", "shapes.png", "catalogue.png"}
 
 
+def test_ctrl_c_keeps_the_last_epoch(tmp_path):
+    """Catches: a traceback on Ctrl-C, a checkpoint that is lost."""
+    process = subprocess.Popen(
+        [sys.executable, HERE / "train.py", "--samples=64", "--epochs=99", "--device=cpu"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    latest, deadline = tmp_path / "checkpoints/latest.pt", time.time() + 120
+    while not latest.exists() and time.time() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and "--resume" in out
+    assert ddpm.load(latest)[0]["epoch"] >= 1
+
+
 # KILLS=100 python -m pytest -k killed -rP    kills a hundred times
 KILLS = int(os.environ.get("KILLS", "4"))
 
@@ -1077,7 +1107,8 @@ def rotten(path, state):
     torch.save(state, path)
     bytes_ = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as parts:
-        part = max(parts.infolist(), key=lambda part: part.file_size)
+        weights = [part for part in parts.infolist() if "/data/" in part.filename]
+        part = max(weights, key=lambda part: part.file_size)
     bytes_[part.header_offset + 200] ^= 1
     path.write_bytes(bytes_)
 

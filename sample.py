@@ -132,7 +132,7 @@ def save_explained(path, x):
             picture[blob] = to_rgb(COLOURS[kind])
     grid = shapes.tile(coloured)
     height, width = grid.shape[:2]
-    figure = Figure(figsize=(width / 100, height / 100 + 0.35), layout="constrained")
+    figure = Figure(figsize=(max(width, 560) / 100, height / 100 + 0.35), layout="constrained")
     axes = figure.subplots()
     axes.imshow(grid)
     axes.axis("off")

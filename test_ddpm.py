@@ -825,7 +825,7 @@ def test_each_epoch_shuffles_anew(tiny, monkeypatch, tmp_path):
 
     monkeypatch.setattr(ddpm, "training_loss", spy)
     monkeypatch.setattr(ddpm.EMA, "update", spy_on_ema)
-    monkeypatch.setattr(train, "CONSTANT", 2)
+    monkeypatch.setattr(train, "DECAY_FROM", 2)
     monkeypatch.setattr(train, "WARMUP", 1)
     state = run_train(tmp_path, "--epochs=2")
     assert steps == list(range(1, 9))

@@ -24,7 +24,7 @@ import shapes
 
 MATRIX_RATE, OTHER_RATE = 40, 8  # the rates of Muon and Adam at their peak, as multiples of --lr
 WARMUP = 100  # steps in which the rates rise: the first gradients mislead
-CONSTANT = 1000  # steps after which the rates fall as 1 / sqrt(step), however long the run is
+DECAY_FROM = 1000  # steps after which the rates fall as 1 / sqrt(step), however long the run is
 CLIP = 1.0  # the largest norm of a gradient, all weights together
 SAMPLE_EVERY = 5  # epochs between two grids of samples
 GRID, GRID_STEPS = 64, 50  # pictures of a grid, and the sampling steps for it
@@ -268,7 +268,7 @@ def train(argv=None, name=None, after_epoch=lambda: None):
                 model.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-                factor = min(1, step / WARMUP, math.sqrt(CONSTANT / step))
+                factor = min(1, step / WARMUP, math.sqrt(DECAY_FROM / step))
                 for optimizer, peak in zip(optimizers, peaks):
                     optimizer.param_groups[0]["lr"] = peak * factor
                     optimizer.step()

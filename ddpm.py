@@ -643,7 +643,7 @@ def sample(model, schedule, x_T, steps=T, eta=1.0, generator=None):
 
 
 def pick_device(name):
-    """ "cuda", "mps" or "cpu": the first that is there if name is "auto", else name."""
+    """Returns name if this device is there, or the first of cuda, mps and cpu for "auto"."""
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     there += ["cpu"]
     if name not in ("auto", *there):

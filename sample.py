@@ -69,7 +69,7 @@ def parser():
     p.add_argument("--n", type=int, help="how many pictures")
     p.add_argument("--steps", type=int, default=ddpm.T, help="1000 is Algorithm 2, fewer are DDIM")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
-    p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    p.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto for what is there")
     return p
 
 

@@ -48,9 +48,7 @@ def parser():
     )
     p.add_argument("--seed", type=int, default=0, help="of data, weights and noise")
     p.add_argument("--resume", action="store_true", help="go on from latest.pt, with its flags")
-    p.add_argument(
-        "--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to compute"
-    )
+    p.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto for what is there")
     p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where to save")
     p.add_argument("--logs", default="logs", metavar="DIR", help="where TensorBoard looks")
     return p

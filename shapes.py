@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
 SIZE = 32  # pixels, height and width of a picture
+GRID = 2  # all sizes and places are multiples of this
 KINDS = ("circle", "rectangle", "triangle", "line")
 MAX_SHAPES = 3
 TRIES = 30  # positions tried for a shape before its picture begins again
@@ -24,11 +25,11 @@ TRIES = 30  # positions tried for a shape before its picture begins again
 # The functions below make one mask each, in one orientation. All lengths are in pixels.
 
 
-def circle(radius):
-    """Pixels whose centre is within about radius + 1/2 of the middle one: (2 r + 1, 2 r + 1)."""
-    y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
-    # (r + 1/2)^2 = r^2 + r + 1/4. With r^2 alone, four single pixels would stick out.
-    return x * x + y * y <= radius * radius + radius
+def circle(diameter):
+    """Pixels whose centre is within diameter / 2 of the middle: (diameter, diameter)."""
+    middle = (diameter - 1) / 2  # between two pixels
+    y, x = np.ogrid[-middle : middle + 1, -middle : middle + 1]
+    return x * x + y * y <= diameter * diameter / 4
 
 
 def rectangle(height, width):
@@ -39,12 +40,11 @@ def rectangle(height, width):
 def triangle(height, rise):
     """A filled isosceles triangle, tip up: both sides move out by 1 pixel every rise rows.
 
-    Returns (height, 2 m + 1) with m = (height - 1) // rise, so the tip is one pixel wide.
+    The tip is two pixels wide. Returns (height, 2 * ceil(height / rise)).
     """
-    y = np.arange(height)[:, None]
-    middle = (height - 1) // rise
-    x = np.arange(2 * middle + 1)[None, :]
-    return abs(x - middle) <= y // rise
+    half = -(-height // rise)  # half of the width, rounded up
+    y, x = np.ogrid[:height, -half:half]
+    return abs(x + 0.5) - 0.5 <= y // rise
 
 
 def diagonal(length):
@@ -65,21 +65,14 @@ def key(mask):
 
 
 def make_catalogue():
-    """{kind: list of masks}, with all mirror images and each mask once.
-
-    Sides and lengths change in steps of one pixel, so a rectangle or a line with one edge moved is
-    another legal one. That makes them easier to learn: after 1000 training steps, 83 % of
-    rectangles noised to t = 400 were given back right, with sides in steps of two 50 %. Long
-    slanted and round outlines are hard: 72, 57 and 18 % of circles of radius 4, 6 and 8 were given
-    back right. So circles and triangles are small here.
-    """
-    made = [("circle", circle(radius)) for radius in (4, 5, 6)]
-    made += [("rectangle", rectangle(h, w)) for h in range(6, 17) for w in range(6, 17)]
-    made += [("triangle", triangle(height, 1)) for height in range(5, 9)]
-    made += [("triangle", triangle(height, 2)) for height in (7, 9, 11)]
-    # A line is at most 3 pixels thick, the shorter side of a rectangle at least 6.
-    made += [("line", rectangle(width, length)) for width in (2, 3) for length in range(10, 19)]
-    made += [("line", diagonal(length)) for length in range(8, 15)]
+    """{kind: list of masks}, with all mirror images and each mask once. All sizes are even."""
+    made = [("circle", circle(diameter)) for diameter in range(8, 17, GRID)]
+    sides = range(6, 17, GRID)
+    made += [("rectangle", rectangle(height, width)) for height in sides for width in sides]
+    made += [("triangle", triangle(height, 1)) for height in range(4, 9, GRID)]
+    made += [("triangle", triangle(height, 2)) for height in range(8, 15, GRID)]
+    made += [("line", rectangle(2, length)) for length in range(8, 21, GRID)]
+    made += [("line", diagonal(length)) for length in range(8, 19, GRID)]
     catalogue = {kind: {} for kind in KINDS}
     for kind, mask in made:
         for image in mirror_images(mask):
@@ -91,37 +84,32 @@ CATALOGUE = make_catalogue()
 KIND_OF = {key(mask): kind for kind in KINDS for mask in CATALOGUE[kind]}
 
 # ==== 2. The data set =============================================================================
-# Two shapes of a picture never touch, not even at a corner. Otherwise a picture could be read in
-# more than one way: an L is two rectangles, or one rectangle with a corner missing.
-
-
-def grow(mask):
-    """The mask and all pixels that touch it, also at a corner: (h, w) -> (h + 2, w + 2)."""
-    h, w = mask.shape
-    grown = np.zeros((h + 2, w + 2), dtype=bool)
-    for dy in (0, 1, 2):
-        for dx in (0, 1, 2):
-            grown[dy : dy + h, dx : dx + w] |= mask
-    return grown
+# Shapes lie at even places and keep apart. Both make the task clear, for the model and the score:
+# - On the grid, an edge that is off by one pixel is always wrong, and every 2x2 pixels of an
+#   upright edge say the same. Without the grid, after the same 2000 training steps, 39 and not 74 %
+#   of samples were right.
+# - If shapes could touch, a picture could be read in more than one way: an L is two rectangles, or
+#   one rectangle with a corner missing.
 
 
 def draw_picture(kinds, rng):
     """One picture with a shape of each of these kinds: bool (32, 32), or None without room."""
     picture = np.zeros((SIZE, SIZE), dtype=bool)
-    near = np.zeros((SIZE + 2, SIZE + 2), dtype=bool)  # where no further shape may go
+    taken = np.zeros((SIZE, SIZE), dtype=bool)  # the boxes around the shapes
     for kind in kinds:
         masks = CATALOGUE[kind]
         mask = masks[rng.integers(len(masks))]
         h, w = mask.shape
         for _ in range(TRIES):
-            y, x = rng.integers(SIZE - h + 1), rng.integers(SIZE - w + 1)
-            # near has a border of one pixel: (y, x) of the picture is (y + 1, x + 1) in near.
-            if not (near[y + 1 : y + 1 + h, x + 1 : x + 1 + w] & mask).any():
+            y = GRID * rng.integers((SIZE - h) // GRID + 1)
+            x = GRID * rng.integers((SIZE - w) // GRID + 1)
+            # The boxes must not even touch, so the slice is one pixel larger on each side.
+            if not taken[max(0, y - 1) : y + h + 1, max(0, x - 1) : x + w + 1].any():
                 break
         else:
             return None
-        picture[y : y + h, x : x + w] |= mask
-        near[y : y + h + 2, x : x + w + 2] |= grow(mask)
+        picture[y : y + h, x : x + w] = mask
+        taken[y : y + h, x : x + w] = True
     return picture
 
 

@@ -37,24 +37,26 @@ from torch import nn
 
 # ==== 1. The schedule: how much noise at which step ===============================================
 #
-# Step t mixes the picture with fresh noise of variance beta_t (Eq. 2):
+# Step t mixes the picture with fresh noise of variance beta_t (Eq. 2; N(x; mean, variance) is a
+# Gaussian, and I says that every pixel gets its own noise):
 #
 #     q(x_t | x_{t-1}) = N(x_t; sqrt(1 - beta_t) x_{t-1}, beta_t I)
 #
 # The factor sqrt(1 - beta_t) shrinks the picture just enough for a variance of 1 to stay 1.
 # Without it the numbers would grow with every step. The betas are chosen by hand (Ho, Section 4):
-# small at first, when little noise is enough to hide details, and larger later. Why a thousand
-# small steps and not ten large ones? The true step back is a mixture over all pictures that could
-# have led to x_t. If the step is small, this mixture is close to one Gaussian, and a Gaussian is
-# easy to model: the network has to learn only its mean.
+# small at first, when little noise is enough to hide details, and larger later.
+#
+# Why a thousand small steps and not ten large ones? Many x_{t-1} could have led to x_t. If the step
+# is small, they all lie near x_t, and their distribution is close to a Gaussian. A Gaussian is easy
+# to model: the network has to learn only its mean.
 
 T = 1000
 
 
 class Schedule:
-    """beta, alpha = 1 - beta and alpha_bar, the product of all alphas up to t.
+    """beta; alpha, which is 1 - beta; alpha_bar, the product of all alphas up to t.
 
-    These and one_minus_alpha_bar are float32 (T + 1,), indexed by the paper's t (Ho, Section 2):
+    All are float32 (T + 1,), indexed by the paper's t (Ho, Section 2), as is one_minus_alpha_bar:
     beta[1] belongs to the first step, beta[T] to the last, alpha_bar[0] = 1 to the clean picture.
     """
 
@@ -62,7 +64,7 @@ class Schedule:
         # Computed in float64, because alpha_bar is a product of a thousand numbers close to 1.
         # Kept in float32, because Apple's GPUs have no float64.
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)  # (T,), Ho, Section 4
-        beta = torch.cat([torch.zeros(1, dtype=torch.float64), beta])  # (T + 1,)
+        beta = F.pad(beta, (1, 0))  # (T + 1,), with beta[0] = 0
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)
         self.beta = beta.float().to(device)
@@ -89,15 +91,18 @@ class Schedule:
 
 # ==== 2. The forward process: from a picture to noise in one step =================================
 #
-# We need not walk through all steps to get x_t. A sum of independent Gaussians is again a
-# Gaussian, so two steps can be written as one (z, z' and eps are standard normal):
+# We do not have to go through all steps to get x_t. A sum of independent Gaussians is again a
+# Gaussian, so two steps can be written as one (z, z' and eps are standard normal noise):
 #
+#     x_1 = sqrt(alpha_1) x_0 + sqrt(1 - alpha_1) z
 #     x_2 = sqrt(alpha_2) x_1 + sqrt(1 - alpha_2) z'
 #         = sqrt(alpha_2 alpha_1) x_0 + sqrt(alpha_2 (1 - alpha_1)) z + sqrt(1 - alpha_2) z'
 #         = sqrt(alpha_2 alpha_1) x_0 + sqrt(1 - alpha_2 alpha_1) eps
 #
-# because the variances add up: alpha_2 - alpha_2 alpha_1 + 1 - alpha_2. After t steps, in place of
-# alpha_2 alpha_1, there is the product of all alphas, alpha_bar_t. That is Eq. 4:
+# because the variances add up: alpha_2 (1 - alpha_1) + (1 - alpha_2) = 1 - alpha_2 alpha_1. After t
+# steps, alpha_2 alpha_1 has become the product of all alphas, alpha_bar_t (Eq. 4):
+#
+#     x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
 
 
 def q_sample(schedule, x_0, t, eps):
@@ -110,14 +115,14 @@ def q_sample(schedule, x_0, t, eps):
     return signal * x_0 + noise * eps
 
 
-# alpha_bar_T must be close to 0. It is: sqrt(alpha_bar_T) = 0.0064. Otherwise a network would learn
-# to rely on a trace of the picture at t = T, and the pure noise that sampling starts from has none.
+# alpha_bar_T must be close to 0; here sqrt(alpha_bar_T) = 0.0064. If a trace of the picture were
+# left at t = T, the network would learn to rely on it, but sampling starts from pure noise.
 #
 # Once x_t is given, Eq. 4 has two unknowns, x_0 and eps, and each determines the other:
 
 
 def predict_eps(schedule, x_t, t, x_0):
-    """Eq. 4 solved for eps: the noise in x_t if the picture is x_0. Shapes as in q_sample."""
+    """Eq. 4 solved for eps: the noise in x_t if the picture is x_0. t in 1..T, else as q_sample."""
     signal, noise = schedule.signal_and_noise(t)
     return (x_t - signal * x_0) / noise
 
@@ -131,17 +136,17 @@ def predict_eps(schedule, x_t, t, x_0):
 #
 # One network serves all t, so it must know t: a pattern of bright specks is noise at t = 900 and
 # part of the picture at t = 5. A single input number t would be hard to use: a layer can only
-# scale it, and neighbouring t would stay almost equal. Instead t is encoded by
-# sines and cosines of many frequencies (Vaswani et al. 2017, Section 3.5). High frequencies tell
-# t from t + 1, low frequencies tell early from late. The frequencies form a geometric series, so
-# that every scale of difference, 1, 10, 100 or 1000 steps, is covered by equally many of them.
+# scale it, and neighbouring t would stay almost equal. Instead t is encoded by sines and cosines of
+# many frequencies (Vaswani et al. 2017, Section 3.5). High frequencies tell t from t + 1, low
+# frequencies tell early from late. The frequencies form a geometric series: there are as many for
+# differences of about 10 steps as for differences of about 100.
 
 
 def time_embedding(t, dim):
     """Sines and cosines of t. t: int64 (B,); dim: even. Returns float32 (B, dim) in [-1, 1]."""
-    # From 1 radian per step down to almost 1/10000, each a constant factor below the last one.
-    frequency = torch.arange(dim // 2, device=t.device) / (dim // 2)  # (dim / 2,)
-    frequency = torch.exp(-math.log(10_000) * frequency)
+    # From 1 radian per step down to almost 1/10000, as in that paper.
+    share = torch.arange(dim // 2, device=t.device) / (dim // 2)  # (dim / 2,), from 0 to almost 1
+    frequency = torch.exp(-math.log(10_000) * share)
     angle = t[:, None].float() * frequency  # (B, dim / 2)
     return torch.cat([angle.sin(), angle.cos()], dim=1)  # (B, dim)
 
@@ -161,8 +166,8 @@ class Norm(nn.GroupNorm):
         super().__init__(channels // 8, channels)
 
     def forward(self, x):
-        # The network may compute in 16-bit numbers (section 8). Sums over many pixels need the
-        # digits of 32 bits, and on a CPU this is also the faster way.
+        # The network may compute in 16-bit numbers (section 8). Sums over many pixels need 32 bits;
+        # on a CPU this is also faster.
         return super().forward(x.float()).to(x.dtype)
 
 
@@ -175,10 +180,10 @@ class Conv1x1(nn.Linear):
 
 
 def zero(layer):
-    """Zero-initialises a layer: the last one of each residual branch, and of the network.
+    """Zero-initialises a layer: the last one of each residual branch f, and of the network.
 
-    A residual block x + f(x) then begins as the identity: the deep network begins like a shallow
-    one, and each branch comes in as it learns something.
+    A residual block x + f(x) then begins without f: the deep network begins like a shallow one,
+    and each branch begins to contribute as it learns something.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -194,16 +199,16 @@ def zero(layer):
 #
 #     softmax(q k^T / sqrt(d)) v                              (Vaswani et al. 2017, Eq. 1)
 #
-# A sum of d products grows like sqrt(d). Large scores would make the softmax put all weight on
-# one key, where its gradient is almost 0; the division prevents this. Several "heads" do the same
+# A sum of d products grows like sqrt(d). With large scores, the softmax would put all weight on
+# one key and its gradient would be almost 0; the division prevents this. Several "heads" do this
 # side by side with vectors of their own, so that a pixel can collect different things at once.
 #
 # The cost is the number of queries times the number of keys: 256 products at 4x4, but a million at
 # 32x32. So attention works on at most 8x8 places: each block of pixels is averaged to one place,
 # and all its pixels get the same result. That makes at most M = 64 places and 4096 products. Every
-# pixel still gets something from the whole picture; the convolutions that follow do the details.
+# pixel still gets something from the whole picture; the convolutions that follow work out details.
 # Attention itself does not know where a place is. It learns that from the convolutions before it,
-# which see the zeros with which they pad the edge of the picture.
+# which see the zero padding at the edge.
 
 ATTENTION_SIDE = 8
 
@@ -216,7 +221,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels, width):
         super().__init__()
-        self.heads = max(1, width // 32)  # d = 32
+        self.heads = max(1, width // 32)  # so d = 32, or less in a small network
         self.norm = Norm(channels)
         self.qkv = nn.Linear(channels, 3 * width)
         self.softmax = nn.Softmax(dim=3)  # a module, so that sample.py --inside can watch it
@@ -227,8 +232,8 @@ class Attention(nn.Module):
         y = self.norm(F.avg_pool2d(x, block))  # (B, C, h, w), h = H / block
         h, w = y.shape[2:]
         y = self.qkv(y.flatten(2).transpose(1, 2))  # (B, M, 3 width), M = h w
-        y = y.unflatten(2, (3, self.heads, -1)).transpose(1, 3)  # (B, heads, 3, M, d)
-        q, k, v = y.unbind(2)  # 3 times (B, heads, M, d)
+        y = y.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, heads, M, d)
+        q, k, v = y  # each (B, heads, M, d)
         weights = self.softmax(q @ k.transpose(2, 3) / math.sqrt(q.shape[3]))  # (B, heads, M, M)
         y = (weights @ v).transpose(1, 2).flatten(2)  # (B, M, width)
         y = self.out(y).transpose(1, 2).unflatten(2, (h, w))  # (B, C, h, w)
@@ -268,7 +273,8 @@ class ResBlock(nn.Module):
 # Down: 32 -> 16 -> 8 -> 4 pixels wide, with more and more channels. At the bottom, 16 places with
 # 512 numbers each describe what is in the picture. Up again: 4 -> 8 -> 16 -> 32. On the way up each
 # level also receives the output of the same level on the way down, the skip connection. The bottom
-# knows that there is a circle, the skip knows exactly where its edge is. The two are added.
+# knows that there is a circle, the skip knows exactly where its edge is. The two are added. (Ho
+# concatenates them, which takes more weights.)
 #
 #     32x32  stem -- down ------------------------------- up -- out
 #     16x16            down ----------------------- up
@@ -276,17 +282,19 @@ class ResBlock(nn.Module):
 #      4x4                  middle (512)
 #
 # There is attention at every resolution: in the middle, and on the way up, where a level has both
-# its own detail and the view from below. `python ddpm.py` prints where the parameters are and where
-# the multiplications: the middle has 55 % of the parameters, but only 14 % of the multiplications,
-# since a weight is used once for each place, 16 times at 4x4 and 1024 times at 32x32. (Much of the
-# time goes into neither, but into reading and writing the large tensors at 32x32.)
+# its own detail and the view from below.
+#
+# `python ddpm.py` prints the parameters and the multiplications of each part. The middle has 55 %
+# of the parameters, but only 14 % of the multiplications: each weight is used at 16 places. At
+# 32x32 a weight is used at 1024 places, so that 2.5 % of the parameters make 30 % of the
+# multiplications. (The tensors are largest there, too, and reading and writing them takes time.)
 
 
 class Middle(nn.Module):
     """The bottom: (B, c_in, 4, 4) -> (B, bottleneck, 4, 4).
 
-    A 3x3 convolution from 512 to 512 channels has 2.4 million weights. So the blocks here are wide
-    outside and narrow inside, 512 -> 64 -> 512: both convolutions together have 0.6 million.
+    A 3x3 convolution from 512 to 512 channels has 2.4 million weights, and a block has two. So the
+    blocks here have few channels inside: block2, 512 -> 64 -> 512, has 0.6 million in both.
     """
 
     def __init__(self, c_in, bottleneck, narrow, time_dim):
@@ -319,7 +327,8 @@ class UNet(nn.Module):
     """The network. It sees x_t and an earlier guess of x_0; section 8 says what it returns.
 
     channels: at 32x32, 16x16 and 8x8. bottleneck: at 4x4. narrow: inside the blocks at 4x4.
-    time_dim: size of the time vector, even. Channels are multiples of 8 and, above 32, of 32.
+    time_dim: size of the time vector, even. All numbers of channels are multiples of 8 and, above
+    32, of 32.
     """
 
     def __init__(self, channels=(32, 64, 128), bottleneck=512, narrow=64, time_dim=128):
@@ -327,8 +336,8 @@ class UNet(nn.Module):
         self.config = {"channels": tuple(channels), "bottleneck": bottleneck}
         self.config |= {"narrow": narrow, "time_dim": time_dim}
         c1, c2, c3 = channels
-        time = [nn.Linear(time_dim, time_dim), nn.SiLU()]
-        self.time = nn.Sequential(*time, nn.Linear(time_dim, time_dim), nn.SiLU())
+        d = time_dim  # two layers turn the sines and cosines into what the blocks use
+        self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU())
         self.stem = nn.Conv2d(2, c1, 3, padding=1)
         pairs = [(c1, c1), (c1, c2), (c2, c3)]
         self.down = nn.ModuleList([ResBlock(a, b, time_dim) for a, b in pairs])
@@ -359,11 +368,10 @@ class UNet(nn.Module):
 
 # ==== 8. The guess ================================================================================
 #
-# What should the network return? It could be eps itself, as in the paper. But near t = 0 the noise
-# is a tiny difference, (x_t - 0.99995 x_0) / 0.01 at t = 1, and near t = T the picture is one:
-# x_0 = (x_t - eps) / 0.0064 multiplies every error of the network by 157. And it would have to
-# learn what we know: a pixel is -1 or +1. So we compute what a pixel says about itself, and leave
-# to the network what the rest of the picture says about it.
+# What should the network return? It could be eps, as in the paper. But near t = T the picture is a
+# tiny difference: x_0 = (x_t - 0.99998 eps) / 0.0064 multiplies every error of the network by
+# 157. And the network would have to learn what we know: a pixel is -1 or +1. So we compute what the
+# value of a pixel says about this pixel, and leave to the network what the other pixels say.
 #
 # Suppose that each pixel were +1 or -1 with equal probability, independently of all others. With
 # signal = sqrt(alpha_bar_t) and noise = sqrt(1 - alpha_bar_t), Eq. 4 and Bayes' rule then give the
@@ -374,26 +382,28 @@ class UNet(nn.Module):
 #
 # Call this exp(2a), so a is half the log-odds. The probability of +1 is exp(2a) / (exp(2a) + 1).
 # The mean of the pixel is twice that minus 1, or (exp(2a) - 1) / (exp(2a) + 1) = tanh(a), and the
-# mean is the guess with the least squared error. So one pixel on its own gives the guess
-# x_0 = tanh(signal x_t / noise^2). What the other pixels say multiplies the odds by a factor
-# exp(2b), which adds b to a. The network returns this b. Its last layer is zero-initialised, so
-# before any training b = 0, and the guess is what each pixel says on its own. (The loss of section
-# 9 is then 0.12, as a mean over all t; a guess of 0 noise would give 1.) The tanh keeps all
-# guesses between -1 and +1. As t falls, its argument becomes large, positive or negative, and the
-# guess approaches -1 or +1. The last step of sampling returns just this guess, so nothing needs to
-# be clipped. (For grey or coloured pictures the formula does not hold; section 12 says what to do.)
+# mean is the guess with the least squared error. So one pixel on its own gives the guess x_0 =
+# tanh(signal x_t / noise^2). What the other pixels say, and how rare +1 is, multiplies the odds
+# by a factor exp(2b), which adds b to a. The network returns this b. Its last layer is zero-
+# initialised, so before any training b = 0, and the guess is what each pixel says on its own.
+# (The loss of section 9 is then 0.12 as a mean over all t; the guess eps = 0 would give 1.)
+#
+# The tanh keeps all guesses between -1 and +1. As t falls, its argument becomes large, positive or
+# negative, and the guess approaches -1 or +1. The last step of sampling returns this guess itself
+# (in Eq. 7, at t = 1, x_0 has the factor 1 and x_t the factor 0), so nothing needs to be clipped.
+# (For grey or coloured pictures the formula does not hold; section 12 says what to do.)
 #
 # One more thing helps with binary data: the network also sees its own guess of x_0 from the
 # sampling step before, as a second input channel. This is self-conditioning (Chen, Zhang & Hinton
 # 2022, arXiv 2208.04202). Where several pictures fit x_t, the earlier guess shows which of them has
-# begun to appear, and the network works on from there. In the first step of sampling there is no
-# earlier guess: the channel is all 0, the middle between -1 and +1.
+# begun to appear, and the network works on from there. Where there is no earlier guess, the channel
+# is all 0, the middle between -1 and +1.
 
 
 @cache
 def fast_bfloat16(device):
     """Whether "cpu", "cuda" or "mps" is faster in bfloat16, 16 bits with the range of float32 and
-    2 to 3 digits. On mps it has not been tried, so no."""
+    2 to 3 digits. False for mps, where it has not been tried."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities() if device == "cpu" else {}
@@ -401,7 +411,7 @@ def fast_bfloat16(device):
 
 
 def guess_x_0(model, schedule, x_t, t, x_0_before):
-    """The network's guess of x_0, the mean of all pictures that fit x_t: (B, 1, 32, 32).
+    """The network's guess of x_0; the best would be the mean of all that fit x_t: (B, 1, 32, 32).
 
     x_t: float (B, 1, 32, 32). t: int64 (B,), in 1..T. x_0_before: an earlier guess or zeros,
     (B, 1, 32, 32). predict_eps turns the guess into the paper's eps_theta(x_t, t).
@@ -430,12 +440,12 @@ def guess_x_0(model, schedule, x_t, t, x_0_before):
 #
 #   beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) * || eps - eps_theta(x_t, t) ||^2
 #
-# averaged over x_0 and eps. The paper drops the factor in front and keeps the square (Eq. 14).
-# With sigma_t^2 = beta_t this factor is 0.5 at t = 1, falls to 0.005 at t = 349 and rises again to
-# 0.01 at t = T. So compared with the bound, Eq. 14 takes weight from small t and gives it to the
-# middle (Ho, Section 3.4). For our guess this matters little: at small t, where the factor is
-# large, the error is almost 0, and between t = 200 and 700 the factor stays between 0.005 and
-# 0.0072. (The other choice of section 10, sigma_t^2 = beta_tilde_t, differs only at small t.)
+# averaged over x_0 and eps. The paper drops the factor in front and keeps the square (Eq. 14). That
+# may be done: at each t the best guess is the same whatever its weight, so weights only say where
+# to try hardest. With sigma_t^2 = beta_t the factor is 0.5 at t = 1, falls to 0.005 at t = 349 and
+# rises again to 0.01 at t = T. So compared with the bound, Eq. 14 takes weight from small t and
+# gives it to the middle (Ho, Section 3.4). For our guess this changes little: at small t the error
+# is almost 0 anyway, and between t = 200 and 700 the factor stays between 0.005 and 0.0072.
 
 
 def loss_fn(model, schedule, x_0, t, eps, x_0_before):
@@ -450,22 +460,23 @@ def loss_fn(model, schedule, x_0, t, eps, x_0_before):
 
 
 # Algorithm 1 repeats: take pictures x_0, draw t and eps, take a gradient step on Eq. 14. (The loop
-# is in train.py.) The paper draws t uniformly from 1..T. Here almost half of that would be wasted:
-# below t = 80 there is nothing left to learn, and above t = 600 almost nothing of the picture can
-# be seen. In between the picture is decided. So four of five t are drawn from there, and the rest
-# uniformly, so that no t is forgotten. In effect a t in 80..600 weighs 8.7 times as much in the
-# training loss as another one; the validation loss keeps t uniform, as Eq. 14 has it.
+# is in train.py.) The paper draws t uniformly from 1..T. Here more than half of these t would be
+# wasted: below t = 200 there is soon nothing left to learn, and above t = 600 only a rough idea of
+# the picture can be had. In between the picture is decided. So four of five t are drawn from there,
+# and the rest uniformly, so that no t is forgotten. A t in 200..600 then counts 11 times as much in
+# the training loss as another one; the validation loss keeps t uniform, as in Eq. 14.
 #
 # The loss soon looks flat while the samples still get better. Most of it is ambiguity that no
-# network can remove: many pictures fit x_t. Progress is in the small rest, and at the t where few
-# pictures fit. The loss times 10,000 by t, with an earlier guess, after 20 epochs and at the end
-# of the default run (sample.py --score prints it):
+# network can remove: many pictures fit x_t. What can still improve is a small part, at the t where
+# few pictures fit, here from 200 to 400. This is 10,000 times the loss at each t, with an earlier
+# guess, after 20 epochs and at the end of the default run (sample.py --score prints it):
 #
 #     t                 50    100    200    300    400    500    600    800   1000
 #     20 epochs        0.0    0.0    4.9   43.0  148.6  154.7   84.5    7.3    0.2
 #     100 epochs       0.0    0.0    3.3   36.2  129.4  151.8   83.7    7.2    0.2
 #
-# In the same time the share of right samples in 50 steps rose from 43 to 69 %.
+# In the same time the share of right samples (shapes.py says which are right), drawn in 50 steps,
+# rose from 43 to 69 %.
 
 FOCUS, FOCUS_SHARE = (200, 600), 0.8
 
@@ -486,8 +497,9 @@ def training_loss(model, schedule, x_0, generator):
     t = draw_t(len(x_0), generator, x_0.device)  # (B,)
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     # Self-conditioning: in half of the steps the network first guesses without an earlier guess,
-    # and this guess is the earlier guess for the second pass. (In sampling it comes from a larger
-    # t. Training with a guess from a larger t gave worse samples.) No gradient, to save time.
+    # and this guess, at the same t, is the earlier guess for the second pass. (In sampling it comes
+    # from a larger t; to train with that gave worse samples.) No gradient, to save time. The other
+    # half keeps the network able to begin without a guess.
     x_0_before = torch.zeros_like(x_0)
     if torch.rand((), generator=generator, device=x_0.device) < 0.5:
         with torch.no_grad():
@@ -501,8 +513,8 @@ class EMA:
 
     Each step follows the gradient of one small batch, which is noisy; the average over many steps
     is less so. A decay of 0.9995 averages over about the last 1 / (1 - decay) = 2000 steps. Early
-    in training that would keep the random initial weights in, so the window grows with training:
-    it is about a ninth of the steps so far.
+    in training that would keep the random initial weights in the average. So it begins with about
+    the last ninth of the steps so far, until this is 2000.
     """
 
     def __init__(self, model, decay=0.9995):
@@ -525,13 +537,13 @@ class EMA:
 # with precisions (1 / variance) alpha_t / beta_t and 1 / (1 - alpha_bar_{t-1}). Precisions add up,
 # and the mean is the average of the two centres, x_t / sqrt(alpha_t) and sqrt(alpha_bar_{t-1}) x_0,
 # weighted by precision. The sum of the precisions is (1 - alpha_bar_t) / (beta_t (1 -
-# alpha_bar_{t-1})). So q(x_{t-1} | x_t, x_0) is a Gaussian with (Eq. 7)
+# alpha_bar_{t-1})). So q(x_{t-1} | x_t, x_0) is a Gaussian with this mean and variance (Eq. 7):
 #
 #     mu = [ sqrt(alpha_bar_{t-1}) beta_t x_0
 #          + sqrt(alpha_t) (1 - alpha_bar_{t-1}) x_t ] / (1 - alpha_bar_t)
 #     beta_tilde_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
 #
-# as mean and variance. We do not know x_0, but we have a guess of it, and of eps. Put
+# We do not know x_0, but we have a guess of it, and of eps. Put
 # x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t) into Eq. 7. The factor of eps becomes
 #
 #     - sqrt(alpha_bar_{t-1} / alpha_bar_t) beta_t / sqrt(1 - alpha_bar_t)
@@ -553,8 +565,8 @@ def ddpm_step(schedule, x_t, t, eps, z):
     mu = (x_t - beta / var_t.sqrt() * eps) / alpha.sqrt()
     # The paper tries sigma_t^2 = beta_t, which is right if the data is standard normal, and
     # sigma_t^2 = beta_tilde_t, right if the data is a single picture (Ho, Section 3.2). The truth
-    # lies between them, and they differ only in the last steps: their ratio is 0.98 at t = 100
-    # and 0.85 at t = 10. We take the second. It is 0 at t = 1, so the last step adds no noise, as
+    # lies between them, and they differ only at small t: their ratio is 0.98 at t = 100 and 0.85
+    # at t = 10. We take the second. It is 0 at t = 1, so the last step adds no noise, as
     # Algorithm 2 demands (it sets z = 0 there): no step would come after it to remove that noise.
     beta_tilde = var_before / var_t * beta
     return mu + beta_tilde.sqrt() * z
@@ -569,15 +581,15 @@ def ddpm_step(schedule, x_t, t, eps, z):
 #
 # A thousand steps take time. Song, Meng & Ermon, "Denoising Diffusion Implicit Models" (2021, arXiv
 # 2010.02502), noticed that Eq. 14 uses only q(x_t | x_0), Eq. 4, and not the path from x_0 to x_t.
-# So the same network also fits processes that jump from t to any earlier s: guess x_0 and eps, and
-# mix them again as Eq. 4 does at s, with a part of the noise, of variance sigma^2, fresh. Their
+# So the same network also fits processes that jump from t to any smaller s: guess x_0 and eps, and
+# mix them again as Eq. 4 does at s. A part of the noise, of variance sigma^2, may be fresh. Their
 # Eq. 12 and Eq. 16 (they write alpha for Ho's alpha_bar) are
 #
 #     x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z
 #     sigma = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)
 #
 # with eta from 0 to 1. At eta = 0 nothing is random after x_T. At eta = 1 and s = t - 1 this is
-# ddpm_step again. Fewer steps trust each guess for longer: that is their price.
+# ddpm_step again. The price of fewer steps: each guess is followed further before it is corrected.
 
 
 def ddim_step(schedule, x_t, t, s, x_0, eps, z, eta):
@@ -589,7 +601,7 @@ def ddim_step(schedule, x_t, t, s, x_0, eps, z, eta):
     var_t, var_s = schedule.one_minus_alpha_bar[t], schedule.one_minus_alpha_bar[s]
     ratio = schedule.alpha_bar[t] / schedule.alpha_bar[s]
     variance = eta**2 * var_s / var_t * (1 - ratio)  # sigma^2
-    rest = (var_s - variance).clamp(min=0)  # rounding may give -1e-9
+    rest = (var_s - variance).clamp(min=0)  # rounding may give less than 0
     return schedule.alpha_bar[s].sqrt() * x_0 + rest.sqrt() * eps + variance.sqrt() * z
 
 
@@ -603,7 +615,7 @@ def timesteps(steps):
     # The first 20 % of the steps go from T to 600, the next 75 % to 200, the rest to 1.
     walked = np.linspace(0, 1, steps)  # (steps,)
     visited = {round(t) for t in np.interp(walked, (0, 0.2, 0.95, 1), (T, FOCUS[1], FOCUS[0], 1))}
-    # Near steps = T some t would come twice; others take their place, the largest first.
+    # Above about 530 steps some t would occur twice. The largest t that are free replace them.
     free = [t for t in range(T, 0, -1) if t not in visited]
     return sorted(visited | {*free[: steps - len(visited)]}, reverse=True) + [0]
 
@@ -612,22 +624,26 @@ def timesteps(steps):
 def reverse_process(model, schedule, x_T, steps=T, eta=1.0, generator=None):
     """Walks from noise to pictures and yields every stop on the way.
 
+    Above the upper end of FOCUS, an earlier guess gave too few shapes, and so did long steps with
+    fresh noise. So there the network gets no earlier guess, and long steps have eta = 0.
+
     x_T: standard normal float (B, 1, 32, 32). steps: 1..T. eta: 0 to 1. With steps = T and
-    eta = 1 this is Algorithm 2, otherwise DDIM. generator: of z, on the CPU, so that a seed means
-    the same z on every device. Yields (t, x_t, guess of x_0 from x_t), t falling from T; at the
-    end (0, x_0, x_0). Raises ValueError, at the first stop, as timesteps does.
+    eta = 1 this is Algorithm 2, otherwise DDIM. generator: draws z, on the CPU, so that a seed
+    means the same z on every device. Yields (t, x_t, guess of x_0 from x_t), t falling from T; at
+    the end (0, x_0, x_0). Raises ValueError, on the first next(), as timesteps does.
     """
     x, x_0 = x_T, torch.zeros_like(x_T)
     for t, s in pairwise(timesteps(steps)):
         now = torch.full((len(x),), t, device=x.device)  # (B,)
-        x_0 = guess_x_0(model, schedule, x, now, x_0 if t <= FOCUS[1] else torch.zeros_like(x))
+        early = t > FOCUS[1]
+        x_0 = guess_x_0(model, schedule, x, now, torch.zeros_like(x) if early else x_0)
         eps = predict_eps(schedule, x, now, x_0)
         yield t, x, x_0
         z = torch.randn(x.shape, generator=generator).to(x.device)
-        if steps == T and eta == 1:
+        if s == t - 1 and eta == 1:
             x = ddpm_step(schedule, x, t, eps, z)
         else:
-            x = ddim_step(schedule, x, t, s, x_0, eps, z, eta if t <= FOCUS[1] else 0.0)
+            x = ddim_step(schedule, x, t, s, x_0, eps, z, 0 if early and s < t - 1 else eta)
     yield 0, x, x
 
 
@@ -643,17 +659,21 @@ def sample(model, schedule, x_T, steps=T, eta=1.0, generator=None):
 
 def pick_device(name):
     """Returns name if this device is there, or the first of cuda, mps and cpu for "auto"."""
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    there += ["cpu"]
+    found = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    there = [device for device, available in found.items() if available]
     if name not in ("auto", *there):
-        sys.exit(f"error: --device {name} is not here; there is: {', '.join(there)}")
+        sys.exit(f"error: --device {name} is not available; choose from: {', '.join(there)}")
     return there[0] if name == "auto" else name
 
 
 def save(path, state):
     """Writes a dictionary to a file: under another name first, so that the old file stays whole.
 
-    Raises OSError if it cannot be written; then no half file is left behind.
+    Raises OSError if it cannot be written; no half file is left behind then.
     """
     buffer, half = io.BytesIO(), Path(f"{path}.tmp")
     torch.save(state, buffer)
@@ -665,7 +685,7 @@ def save(path, state):
 
 
 def load(path):
-    """Reads what save wrote and runs nothing in it; ends the program with one line if it cannot.
+    """Reads what save wrote and runs no code in it; ends the program with one line if it cannot.
 
     Returns (state, model): the dictionary, and a UNet with the averaged weights, on the CPU.
     """
@@ -674,7 +694,7 @@ def load(path):
             raise FileNotFoundError("there is no such file")
         with zipfile.ZipFile(path) as parts:  # the format of torch.save, with checksums
             if any(part.compress_size != part.file_size for part in parts.infolist()):
-                raise ValueError("it is compressed, which torch.save never does")
+                raise ValueError("it is compressed: a small file could fill the memory")
             if parts.testzip():
                 raise ValueError("its checksums are wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -687,64 +707,59 @@ def load(path):
         if not all(weight.isfinite().all() for weight in model.parameters()):
             raise ValueError("its weights are not all finite")
     except Exception as e:  # noqa: BLE001, a foreign file can be wrong in any way
-        reason = f"{e}".splitlines()[0][:90] if f"{e}" else type(e).__name__
+        reason = (str(e) or type(e).__name__).splitlines()[0][:90]
         sys.exit(f"error: {path} is not a checkpoint of this program: {reason}")
     return state, model
 
 
 # ==== 12. What to change for something else =======================================================
 #
-# 64x64 pictures: SIZE in shapes.py, and one more level in UNet (`channels` and both `pairs`, and
-#   the names of the levels in `stages`). With more pixels every decision moves to a larger t, so
-#   shift FOCUS, too.
-# Colour: 3 + 3 channels into `stem`, 3 out of `out`, and 3 for the 1 in the pictures' shapes.
+# 64x64 pictures: SIZE in shapes.py, and one more level in UNet (`channels`, both `pairs`, and the
+#   names in `table`). With more pixels every decision moves to a larger t, so shift FOCUS, too.
+# Colour: 3 + 3 channels into `stem`, 3 out of `out`, and pictures (B, 3, 32, 32) everywhere.
 # Grey or coloured values, not only -1 and +1: no tanh. Let the network return
 #   v = signal eps - noise x_0; then x_0 = signal x_t - noise v, which magnifies no error (Salimans
-#   & Ho 2022, arXiv 2202.00512). That is the last line of guess_x_0.
+#   & Ho 2022, arXiv 2202.00512). That is the last line of guess_x_0; clip the samples to [-1, 1].
 # Another schedule: `beta` in Schedule. For the cosine schedule of Nichol & Dhariwal 2021 (arXiv
-#   2102.09672, Eq. 17) compute alpha_bar, then beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most
-#   0.999; and let FOCUS cover the same signal-to-noise ratios as before.
+#   2102.09672, Eq. 17) alpha_bar_t = f(t) / f(0), f(t) = cos((t / T + 0.008) / 1.008 * pi / 2)^2;
+#   beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.999. FOCUS should then cover the same
+#   signal-to-noise ratios as before.
 # "A triangle, please": class conditioning. A vector for each kind, nn.Embedding(4 + 1, time_dim),
-#   is added to `time` in UNet.forward. In a tenth of the steps train with the last one, "no wish".
-#   In sampling use b_none + w (b_class - b_none) with w > 1: classifier-free guidance (Ho &
-#   Salimans 2022, arXiv 2207.12598).
+#   is added to `time` in UNet.forward; every call on the way there passes the kind on. In a tenth
+#   of the steps train with the fifth vector, "any kind". In sampling use b_any + w (b_kind - b_any)
+#   with w > 1, which exaggerates what the kind changes: classifier-free guidance (Ho & Salimans
+#   2022, arXiv 2207.12598).
 
 # ==== 13. Look at it: python ddpm.py ==============================================================
 
 
-def stages(model):
-    """The parts of the U-Net, input to output: a list of (name, resolution, channels, modules)."""
-    levels = list(zip(("32x32", "16x16", "8x8"), model.config["channels"]))
-    rows = [("time embedding", "", model.config["time_dim"], [model.time])]
-    rows += [("stem", *levels[0], [model.stem])]
-    rows += [("down", *level, [block]) for level, block in zip(levels, model.down)]
-    rows += [("middle", "4x4", model.config["bottleneck"], [model.middle])]
-    rows += [("up", *level, [block]) for level, block in zip(levels[::-1], model.up)]
-    return [*rows, ("out", "32x32", 1, [model.norm, model.out])]
-
-
 def table(model):
-    """The stages as text, with their parameters and the multiplications for one picture."""
+    """The parts of the network as text: what each returns, C x H x W, its parameters, and the
+    multiplications in it for one picture."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    names = ["time", "stem", "down.0", "down.1", "down.2", "middle"]
+    names += ["up.0", "up.1", "up.2", "norm", "out", ""]  # "" is the whole network
+    sizes = {}
+    for name in names:
+        model.get_submodule(name).register_forward_hook(
+            lambda part, inputs, y, name=name: sizes.update({name: y.shape[1:]})
+        )
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 1, 32, 32), torch.zeros(1, 1, 32, 32), torch.ones(1).long())
     counts = counter.get_flop_counts()  # a multiplication and an addition count as two
-    names = {module: f"UNet.{name}" for name, module in model.named_modules()}
-    head = ("stage", "resolution", "channels", "parameters", "multiplications")
-    lines = ["{:<16}{:>10}{:>10}{:>12}{:>17}".format(*head)]
-    sums = [0, 0]
-    for name, resolution, channels, modules in stages(model):
-        sizes = [sum(p.numel() for module in modules for p in module.parameters())]
-        sizes += [sum(sum(counts.get(names[module], {}).values()) for module in modules) // 2]
-        lines += [f"{name:<16}{resolution:>10}{channels:>10}{sizes[0]:>12,}{sizes[1]:>17,}"]
-        sums = [total + size for total, size in zip(sums, sizes)]
-    return "\n".join([*lines, f"{'total':<36}{sums[0]:>12,}{sums[1]:>17,}"])
+    lines = ["part        output           parameters  multiplications"]
+    for name in names:
+        size = " x ".join(map(str, sizes[name]))
+        parameters = sum(p.numel() for p in model.get_submodule(name).parameters())
+        products = sum(counts.get(f"UNet.{name}".strip("."), {}).values()) // 2
+        lines += [f"{name or 'all':<12}{size:<15}{parameters:>12,}{products:>17,}"]
+    return "\n".join(lines)
 
 
 def save_forward_process(path):
     """Draws a picture at several t; below it the schedule and the time embedding."""
-    from matplotlib.figure import Figure  # neither is needed to train or to sample
+    from matplotlib.figure import Figure
 
     import shapes
 

@@ -59,14 +59,14 @@ def tiny(monkeypatch):
 def test_pictures_are_the_same_bytes_everywhere():
     """Catches: any change to what is drawn, or to the order in which random numbers are used."""
     digest = hashlib.sha256(shapes.make_dataset(1000, seed=0).tobytes()).hexdigest()
-    assert digest[:16] == "b8adcaa097f71b53"
+    assert digest[:16] == "bd4a692badfb8218"
     assert not np.array_equal(shapes.make_dataset(9, seed=0), shapes.make_dataset(9, seed=1))
 
 
 def test_the_catalogue_is_closed_under_mirror_images():
     """Catches: a drawing rule that favours a side; a mask that is in two kinds, or twice."""
     masks = [mask for kind in shapes.KINDS for mask in shapes.CATALOGUE[kind]]
-    assert 200 <= len(masks) == len(shapes.KIND_OF) == len(set(map(shapes.key, masks))) <= 500
+    assert len(masks) == len(shapes.KIND_OF) == len(set(map(shapes.key, masks))) > 50
     for kind in shapes.KINDS:
         for mask in shapes.CATALOGUE[kind]:
             for turned in (np.rot90(mask), mask[:, ::-1]):  # these two generate all eight
@@ -76,29 +76,27 @@ def test_the_catalogue_is_closed_under_mirror_images():
 def test_every_mask_against_its_geometry():
     """Catches: half-open shapes, a wrong rounding, a lost edge, sizes out of range."""
     for mask in shapes.CATALOGUE["circle"]:
-        r = len(mask) // 2
-        inside = [
-            [math.hypot(x - r, y - r) < r + 0.5 for x in range(2 * r + 1)] for y in range(2 * r + 1)
-        ]
-        assert 4 <= r <= 6 and np.array_equal(mask, inside)
+        d = len(mask)
+        middle = (d - 1) / 2
+        inside = [[math.hypot(x - middle, y - middle) <= d / 2 for x in range(d)] for y in range(d)]
+        assert 8 <= d <= 16 and np.array_equal(mask, inside)
     for mask in shapes.CATALOGUE["rectangle"]:
         assert mask.all() and 6 <= min(mask.shape) and max(mask.shape) <= 16
     for mask in shapes.CATALOGUE["triangle"]:
         # One of the four turns has its tip up: rows grow by 2 or stay, around the same middle.
         upright = [m for m in map(np.rot90, [mask] * 4, range(4)) if (np.diff(m.sum(1)) >= 0).all()]
-        (m,) = [m for m in upright if m[0].sum() == 1]
+        (m,) = [m for m in upright if m[0].sum() == 2]
         assert np.array_equal(m, m[:, ::-1]) and m[-1].all()
         assert set(np.diff(m.sum(1))) <= {0, 2} and (np.diff(m, axis=0) >= 0).all()
     for mask in shapes.CATALOGUE["line"]:
         h, w = mask.shape
-        if (
-            h == w
-        ):  # a diagonal, or its mirror image: three pixels in a row, two in the first and last
-            assert mask.sum(1).tolist() == [2, *[3] * (h - 2), 2] and 8 <= h <= 14
+        if h == w:  # a diagonal or its mirror image: two pixels in the first and last row, else 3
+            assert mask.sum(1).tolist() == [2, *[3] * (h - 2), 2] and 8 <= h <= 18
             assert mask.trace() == h or mask[::-1].trace() == h
         else:
-            assert mask.all() and min(h, w) in (2, 3) and 10 <= max(h, w) <= 18
-    assert all(len(blobs(mask)) == 1 for mask in itertools.chain(*shapes.CATALOGUE.values()))
+            assert mask.all() and min(h, w) == 2 and 8 <= max(h, w) <= 20
+    for mask in itertools.chain(*shapes.CATALOGUE.values()):
+        assert len(blobs(mask)) == 1 and not any(n % 2 for n in mask.shape)
 
 
 def blobs(picture):
@@ -118,7 +116,7 @@ def blobs(picture):
 
 
 def test_a_data_set_holds_what_it_says():
-    """Catches: uneven kinds or numbers, shapes that touch or are cut off, a blob not explained."""
+    """Catches: uneven kinds or numbers, shapes that touch or leave the grid, unexplained blobs."""
     start = time.process_time()
     pictures = shapes.make_dataset(10_000, seed=3)
     assert time.process_time() - start < 5  # 1 second on an idle machine
@@ -135,10 +133,19 @@ def test_a_data_set_holds_what_it_says():
     for picture in pictures[:200]:
         a, b = blobs(picture), [blob for _, blob in shapes.explain(picture)]
         assert {x.tobytes() for x in a} == {x.tobytes() for x in b}
+        boxes = []
+        for blob in a:
+            (top, left), (bottom, right) = np.argwhere(blob).min(0), np.argwhere(blob).max(0) + 1
+            assert not any(n % 2 for n in (top, left, bottom, right))
+            boxes.append((top, left, bottom, right))
+        for one, other in itertools.permutations(boxes, 2):
+            assert (
+                max(one[0] - other[2], other[0] - one[2], one[1] - other[3], other[1] - one[3]) > 1
+            )
     # Every mask of a kind, and every place in the frame, comes up.
     alone = [p for p, k in zip(pictures, found) if k == ["circle"]]
     widths = np.bincount([p.any(0).sum() for p in alone])
-    assert min(widths[[9, 11, 13]]) > 50 and widths.sum() == widths[[9, 11, 13]].sum()
+    assert min(widths[8:17:2]) > 20 and widths.sum() == widths[8:17:2].sum()
     used = pictures.mean(0)
     assert used.min() > 0.001 and np.abs(used - used[::-1, ::-1]).max() < 0.03
 
@@ -159,7 +166,6 @@ def test_model_range_and_back():
 
 def defect(kind, rng):
     """A picture with one planted defect, bool (32, 32)."""
-    x, y = np.meshgrid(np.arange(32), np.arange(32))
     if kind == "four or five shapes":
         while (
             picture := shapes.draw_picture(rng.choice(shapes.KINDS, rng.integers(4, 6)), rng)
@@ -176,31 +182,21 @@ def defect(kind, rng):
         else:  # another rectangle at its lower right corner
             picture[top + h : top + h + 7, left + w : left + w + 7] = True
         return picture
-    cx, cy, angle = *rng.uniform(11, 20, 2), rng.uniform(0, 2 * math.pi)
-    if "30" in kind:
-        angle = math.pi / 6
+    x, y = np.meshgrid(np.arange(32), np.arange(32))
+    cx, cy, angle = *rng.uniform(11, 20, 2), math.pi / 6
     u = (x - cx) * math.cos(angle) + (y - cy) * math.sin(angle)
     v = (y - cy) * math.cos(angle) - (x - cx) * math.sin(angle)
     radius = rng.uniform(5, 9)
     if kind == "ellipse":
         return (u / radius) ** 2 + (v / (1.4 * radius)) ** 2 <= 1
-    if kind == "pentagon":
-        corners = [angle + 2 * math.pi * k / 5 for k in range(5)]
-        return np.all(
-            [(x - cx) * math.cos(c) + (y - cy) * math.sin(c) <= radius for c in corners], axis=0
-        )
     if kind == "ring":
         return (np.hypot(u, v) <= radius) & (np.hypot(u, v) >= radius / 2)
-    if kind == "arc":
-        return (np.abs(np.hypot(u, v) - radius) <= 1.2) & (v > 0)
-    if kind == "triangle at 30 degrees":
-        return (v <= radius) & (v + radius >= 2 * np.abs(u))
-    assert kind == "line at 30 degrees"
-    return (np.abs(u) <= radius) & (np.abs(v) <= 1.2)
+    assert kind == "triangle at 30 degrees"
+    return (v <= radius) & (v + radius >= 2 * np.abs(u))
 
 
-DEFECTS = ("ellipse", "pentagon", "ring", "arc", "bitten rectangle", "two touching shapes")
-DEFECTS += ("four or five shapes", "triangle at 30 degrees", "line at 30 degrees")
+DEFECTS = ("ellipse", "ring", "triangle at 30 degrees", "bitten rectangle")
+DEFECTS += ("two touching shapes", "four or five shapes")
 
 
 @pytest.mark.parametrize("kind", DEFECTS)
@@ -236,7 +232,7 @@ def test_the_score_counts():
     assert s["copies"] == pytest.approx(0.4) and s["distinct"] == pytest.approx(0.9)
     assert 0.9 < s["decided"] < 0.96
     one = np.zeros((1, 32, 32))
-    one[0, 3:10, 3:10] = one[0, 20, 20] = 1  # a rectangle and a dot
+    one[0, 4:12, 4:12] = one[0, 20, 20] = 1  # a rectangle and a dot
     s = shapes.score(shapes.to_model(one))
     assert s["right"] == 0 and s["right shapes"] == 0.5 and s["kinds"].sum() == 0
 
@@ -352,8 +348,9 @@ def test_the_network_as_described():
     """Catches: a level without attention, a block without time, a bottleneck that shrank."""
     model, seen = ddpm.UNet(), {"attention": set(), "channels": {}}
     assert 2e6 <= sum(p.numel() for p in model.parameters()) <= 4e6
-    parts = [p for *_, modules in ddpm.stages(model) for m in modules for p in m.parameters()]
-    assert len({*parts}) == len(parts) and {*parts} == {*model.parameters()}
+    counts = [line.replace(",", "").split()[-2:] for line in ddpm.table(model).splitlines()[1:]]
+    *parts, whole = [(int(parameters), int(products)) for parameters, products in counts]
+    assert whole == tuple(map(sum, zip(*parts))) and whole[1] > 1e8
     blocks = [m for m in model.modules() if isinstance(m, ddpm.ResBlock)]
     used = []
     for m in model.modules():
@@ -567,9 +564,10 @@ def test_a_seed_means_the_same_picture():
     assert [t for t, _, _ in walk] == ddpm.timesteps(5)
     before = torch.zeros(1, 1, 32, 32)
     for t, x, x_0 in walk[:-1]:
-        again = ddpm.guess_x_0(any_model, SCHEDULE, x, torch.tensor([t]), before)
-        assert torch.equal(again, x_0)
-        before = x_0  # self-conditioning: the guess of one stop goes into the next
+        # Self-conditioning: the guess of one stop goes into the next, below the upper end of FOCUS.
+        before = before if t <= ddpm.FOCUS[1] else 0 * x
+        assert torch.equal(ddpm.guess_x_0(any_model, SCHEDULE, x, torch.tensor([t]), before), x_0)
+        before = x_0
     assert torch.equal(walk[-1][1], walk[-1][2])
 
 
@@ -990,13 +988,14 @@ def test_sampling_from_the_command_line(trained, monkeypatch, capsys):
 
 def test_the_other_scripts_run(tmp_path):
     """Catches: a picture that is not saved, a table that does not add up."""
-    assert "total" in script("ddpm.py", cwd=tmp_path).stdout
+    assert "multiplications" in script("ddpm.py", cwd=tmp_path).stdout
     assert "circles" in script("shapes.py", cwd=tmp_path).stdout
     assert {p.name for p in tmp_path.iterdir()} == {"forward.png", "shapes.png", "catalogue.png"}
 
 
-def test_ctrl_c_keeps_the_last_epoch(tmp_path):
-    """Catches: a traceback on Ctrl-C, a checkpoint that is lost."""
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_at_any_moment_the_last_epoch_is_kept(how, tmp_path):
+    """Catches: a traceback on Ctrl-C, a checkpoint written in place, a run that cannot go on."""
     process = subprocess.Popen(
         [sys.executable, HERE / "train.py", "--samples=64", "--epochs=99", "--device=cpu"],
         cwd=tmp_path,
@@ -1005,86 +1004,32 @@ def test_ctrl_c_keeps_the_last_epoch(tmp_path):
         text=True,
     )
     latest, deadline = tmp_path / "checkpoints/latest.pt", time.time() + 120
-    while not latest.exists() and time.time() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    # After the first epoch, in the middle of the next save.
+    while not (latest.exists() and list(latest.parent.glob("*.tmp"))) and time.time() < deadline:
+        time.sleep(0.0005)
+    process.send_signal(how)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err and "--resume" in out
-    assert ddpm.load(latest)[0]["epoch"] >= 1
+    if how == signal.SIGINT:
+        assert process.returncode == 130 and "Traceback" not in err and "--resume" in out
+    epoch = ddpm.load(latest)[0]["epoch"]
+    ddpm.load(latest.with_name("best.pt"))
+    done = script("train.py", "--resume", "--epochs", epoch + 1, cwd=tmp_path)
+    assert done.returncode == 0 and ddpm.load(latest)[0]["epoch"] == epoch + 1
 
 
-# KILLS=100 python -m pytest -k killed -rP    kills a hundred times
-KILLS = int(os.environ.get("KILLS", "4"))
+def test_a_save_that_is_interrupted_changes_nothing(monkeypatch, tmp_path):
+    """Catches: a checkpoint written in place, half a file left behind."""
+    ddpm.save(tmp_path / "a.pt", {"epoch": 1})
+    before = (tmp_path / "a.pt").read_bytes()
 
-KILLER = """
-import os, random, signal, sys, time
-import ddpm, train
-from pathlib import Path
+    def interrupted(*paths):
+        raise KeyboardInterrupt
 
-ddpm.UNet.__init__.__defaults__ = ((8, 8, 8), 16, 8, 16)
-train.HELD_OUT, train.GRID, train.GRID_STEPS, train.SAMPLE_EVERY = 16, 1, 1, 10**6
-import torch
-torch.set_num_threads(1)
-
-replace = os.replace
-
-def slowly(*paths):  # a save takes long enough to be hit
-    time.sleep(0.05)
-    replace(*paths)
-
-os.replace = slowly
-
-def start(folder, *flags):
-    process = os.fork()
-    if process == 0:
-        sys.stdout = open(os.devnull, "w")
-        train.train([*flags, "--device=cpu", "--checkpoints", folder, "--logs", "logs"])
-        os._exit(0)
-    return process
-
-new = ["--samples=64", "--batch-size=16"]
-assert os.waitpid(start("parts", "--epochs=1", *new), 0)[1] == 0
-kills, lucky, in_a_save = int(sys.argv[1]), random.Random(0), 0
-for kill in range(kills):
-    child = start("parts", "--epochs=1000000", "--resume")
-    if kill % 2:  # in the middle of a save, as soon as there is a half file
-        end = time.time() + 60
-        while not list(Path("parts").glob("*.tmp")) and time.time() < end:
-            time.sleep(0.0005)
-    else:
-        time.sleep(lucky.uniform(0.5, 2.5))
-    assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended by itself"
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    in_a_save += any(Path("parts").glob("*.tmp"))
-    ddpm.load("parts/latest.pt")
-    ddpm.load("parts/best.pt")
-epochs = f"--epochs={ddpm.load('parts/latest.pt')[0]['epoch'] + 1}"
-assert os.waitpid(start("parts", "--resume", epochs), 0)[1] == 0
-assert os.waitpid(start("whole", epochs, *new), 0)[1] == 0
-print(kills, "kills,", in_a_save, "in the middle of a save;", epochs)
-assert in_a_save > 0
-"""
-
-
-def test_killed_at_any_moment_nothing_is_lost(tmp_path):
-    """Catches: a checkpoint written in place, an epoch lost, done twice or not repeated."""
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, str(KILLS)],
-        cwd=tmp_path,
-        env=dict(os.environ, PYTHONPATH=str(HERE)),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100 + 10 * KILLS,
-    )
-    assert done.returncode == 0, done.stderr
-    print(done.stdout)
-    whole, parts = (
-        torch.load(tmp_path / f / "latest.pt", weights_only=True) for f in ("whole", "parts")
-    )
-    for key in LEARNED:
-        assert same(whole[key], parts[key]), key
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ddpm.save(tmp_path / "a.pt", {"epoch": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+    assert (tmp_path / "a.pt").read_bytes() == before
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_whole(trained, tmp_path):

@@ -40,12 +40,7 @@ def parser():
     p.add_argument("--epochs", type=int, default=100, help="passes over the training pictures")
     p.add_argument("--samples", type=int, default=10_000, help="training pictures to draw")
     p.add_argument("--batch-size", type=int, default=64, help="training pictures per step")
-    p.add_argument(
-        "--lr",
-        type=float,
-        default=2e-4,
-        help="learning rate; matrices get 40 times this, the rest 8 times",
-    )
+    p.add_argument("--lr", type=float, default=2e-4, help="matrices get 40, the rest 8 times this")
     p.add_argument("--seed", type=int, default=0, help="of data, weights and noise")
     p.add_argument("--resume", action="store_true", help="go on from latest.pt, with its flags")
     p.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto for what is there")
@@ -292,10 +287,9 @@ def train(argv=None, name=None, after_epoch=lambda: None):
                 writer.add_image("samples", grid[None], step)
                 counts = shapes.score(x)
                 row |= {key: float(counts[key]) for key in ("right", "right shapes")}
+                line += f", right: {row['right']:.0%} of pictures, "
+                line += f"{row['right shapes']:.0%} of shapes"
                 bar.set_postfix_str("")
-                line += (
-                    f", right: {row['right']:.0%} of pictures, {row['right shapes']:.0%} of shapes"
-                )
             for i, value in enumerate(losses, start=step - batches + 1):
                 writer.add_scalar("loss/train", value, i)
             for key in row.keys() & {"val_loss", "right", "right shapes"}:
@@ -306,13 +300,8 @@ def train(argv=None, name=None, after_epoch=lambda: None):
 
             if written != (latest.stat().st_mtime_ns if latest.exists() else None):
                 sys.exit(f"error: another training writes to {folder}; this one stops")
-            run = {flag: getattr(args, flag) for flag in RUN}
-            state = {
-                "config": model.config,
-                "run": run,
-                "epoch": epoch,
-                "ema": ema.model.state_dict(),
-            }
+            state = {"config": model.config, "run": {flag: getattr(args, flag) for flag in RUN}}
+            state |= {"epoch": epoch, "ema": ema.model.state_dict()}
             # best before latest: if the program is killed between the two, the epoch is done again.
             if row["val_loss"] == min(r["val_loss"] for r in history):
                 half = {key: weight.half() for key, weight in state["ema"].items()}

@@ -468,15 +468,15 @@ def loss_fn(model, schedule, x_0, t, eps, x_0_before):
 #
 # The loss soon looks flat while the samples still get better. Most of it is ambiguity that no
 # network can remove: many pictures fit x_t. What can still improve is a small part, at the t where
-# few pictures fit, here from 200 to 400. This is 10,000 times the loss at each t, with an earlier
-# guess, after 20 epochs and at the end of the default run (sample.py --score prints it):
+# few pictures fit, here mostly at 300 and 400. This is 10,000 times the loss at each t, with an
+# earlier guess, after 26 epochs and at the end of the default run (sample.py --score prints it):
 #
 #     t                 50    100    200    300    400    500    600    800   1000
-#     20 epochs        0.0    0.0    4.9   43.0  148.6  154.7   84.5    7.3    0.2
-#     100 epochs       0.0    0.0    3.3   36.2  129.4  151.8   83.7    7.2    0.2
+#     26 epochs        0.0    1.0    1.2   13.5   68.9  132.9   89.2    8.1    0.2
+#     100 epochs       0.0    0.9    1.5   10.6   58.6  126.9   88.9    8.1    0.2
 #
 # In the same time the share of right samples (shapes.py says which are right), drawn in 50 steps,
-# rose from 43 to 69 %.
+# rose from 82 to 90 %.
 
 FOCUS, FOCUS_SHARE = (200, 600), 0.8
 
@@ -625,7 +625,9 @@ def reverse_process(model, schedule, x_T, steps=T, eta=1.0, generator=None):
     """Walks from noise to pictures and yields every stop on the way.
 
     Above the upper end of FOCUS, an earlier guess gave too few shapes, and so did long steps with
-    fresh noise. So there the network gets no earlier guess, and long steps have eta = 0.
+    fresh noise. So there the network gets no earlier guess, and long steps have eta = 0. (Of 256
+    samples in 20 steps 90 % were right and 13.8 % of the pixels white; without both rules 86 and
+    11.3 %; in the data 15.5 % are white.)
 
     x_T: standard normal float (B, 1, 32, 32). steps: 1..T. eta: 0 to 1. With steps = T and
     eta = 1 this is Algorithm 2, otherwise DDIM. generator: draws z, on the CPU, so that a seed

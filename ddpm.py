@@ -467,9 +467,9 @@ def loss_fn(model, schedule, x_0, t, eps, x_0_before):
 # the training loss as another one; the validation loss keeps t uniform, as in Eq. 14.
 #
 # The loss soon looks flat while the samples still get better. Most of it is ambiguity that no
-# network can remove: many pictures fit x_t. What can still improve is a small part, at the t where
-# few pictures fit, here mostly at 300 and 400. This is 10,000 times the loss at each t, with an
-# earlier guess, after 26 epochs and at the end of the default run (sample.py --score prints it):
+# network can remove: many pictures fit x_t. What can still improve is a small part, where fewer
+# pictures fit, here from t = 300 to 500. This is 10,000 times the loss at each t, with an earlier
+# guess, after 26 epochs and at the end of the default run (sample.py --score prints it):
 #
 #     t                 50    100    200    300    400    500    600    800   1000
 #     26 epochs        0.0    1.0    1.2   13.5   68.9  132.9   89.2    8.1    0.2

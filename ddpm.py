@@ -331,7 +331,7 @@ class UNet(nn.Module):
     32, of 32.
     """
 
-    def __init__(self, channels=(32, 64, 128), bottleneck=512, narrow=64, time_dim=128):
+    def __init__(self, channels=(16, 64, 128), bottleneck=512, narrow=64, time_dim=128):
         super().__init__()
         self.config = {"channels": tuple(channels), "bottleneck": bottleneck}
         self.config |= {"narrow": narrow, "time_dim": time_dim}
@@ -478,7 +478,7 @@ def loss_fn(model, schedule, x_0, t, eps, x_0_before):
 # In the same time the share of right samples (shapes.py says which are right), drawn in 50 steps,
 # rose from 82 to 90 %.
 
-FOCUS, FOCUS_SHARE = (200, 600), 0.8
+FOCUS, FOCUS_SHARE = (250, 650), 0.8
 
 
 def draw_t(n, generator, device="cpu"):

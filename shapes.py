@@ -209,16 +209,6 @@ def explain(picture):
     return found
 
 
-def all_legal(kinds):
-    """Whether these are the kinds of a right picture: one to three, none of them None."""
-    return 1 <= len(kinds) <= MAX_SHAPES and None not in kinds
-
-
-def is_right(pictures):
-    """Which of 0/1 pictures (n, 32, 32) hold one to three legal shapes and nothing else: (n,)."""
-    return np.array([all_legal([kind for kind, _ in explain(picture)]) for picture in pictures])
-
-
 # ==== 5. The score: is it learning? ===============================================================
 
 
@@ -226,10 +216,11 @@ def score(x, training=()):
     """What a batch of generated pictures is like, in numbers.
 
     x: float (n, 1, 32, 32) in [-1, 1]. training: uint8 (m, 32, 32), what was trained on. Returns
-    shares: "right" pictures; "right shapes", of all blobs; "decided" pixels, within 0.1 of -1 or
-    +1; "copies" of training pictures or their mirror images; "distinct" pictures. And counts in
-    right pictures: "kinds", int (4,), in the order of KINDS; "shapes", int (3,), how many
-    pictures have 1, 2 and 3. Raises ValueError for another size, other values or no pictures.
+    shares: "right" pictures, which hold one to three legal shapes and nothing else; "right shapes",
+    of all blobs; "decided" pixels, within 0.1 of -1 or +1; "copies" of training pictures or their
+    mirror images; "distinct" pictures. And counts in right pictures: "kinds", int (4,), in the
+    order of KINDS; "shapes", int (3,), how many pictures have 1, 2 and 3. Raises ValueError for
+    another size, other values or no pictures.
     """
     x = np.asarray(x, dtype=np.float32)
     if x.ndim != 4 or x.shape[1:] != (1, SIZE, SIZE) or len(x) == 0:
@@ -239,7 +230,7 @@ def score(x, training=()):
     pictures = (x[:, 0] > 0).astype(np.uint8)  # (n, 32, 32)
     found = [[kind for kind, _ in explain(picture)] for picture in pictures]
     blobs = [kind for kinds in found for kind in kinds]
-    legal = [kinds for kinds in found if all_legal(kinds)]
+    legal = [kinds for kinds in found if 1 <= len(kinds) <= MAX_SHAPES and None not in kinds]
     known = {np.asarray(picture, dtype=np.uint8).tobytes() for picture in training}
     return {
         "right": len(legal) / len(found),

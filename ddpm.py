@@ -1,9 +1,10 @@
 """Denoising diffusion, from the idea to the code. Read it from top to bottom.
 
 THE IDEA. Take a picture and add a little Gaussian noise. Repeat this a thousand times, until
-nothing of the picture is left. This direction is easy. Now train a network for the way back:
-given a noisy picture, it guesses the noise in it. Remove a small part of that noise and guess
-again. After a thousand such steps, pure noise has become a picture that nobody has drawn.
+nothing of the picture is left. This direction is easy. Now train a network for the way back: given
+a noisy picture, it guesses the noise in it, or, which is the same, the picture behind it. Remove a
+small part of that noise and guess again. After a thousand such steps, pure noise has become a
+picture that nobody has drawn.
 
     x_0  ->  x_1  ->  x_2  ->  ...  ->  x_T      forward process q: fixed, adds noise
     x_0  <-  x_1  <-  x_2  <-  ...  <-  x_T      reverse process p: learned, removes noise
@@ -122,7 +123,7 @@ def q_sample(schedule, x_0, t, eps):
 
 
 def predict_eps(schedule, x_t, t, x_0):
-    """Eq. 4 solved for eps: the noise in x_t if the picture is x_0. t in 1..T, else as q_sample."""
+    """Eq. 4 solved for eps: the noise in x_t if x_0 is the picture. As q_sample, but t in 1..T."""
     signal, noise = schedule.signal_and_noise(t)
     return (x_t - signal * x_0) / noise
 
@@ -138,8 +139,8 @@ def predict_eps(schedule, x_t, t, x_0):
 # part of the picture at t = 5. A single input number t would be hard to use: a layer can only
 # scale it, and neighbouring t would stay almost equal. Instead t is encoded by sines and cosines of
 # many frequencies (Vaswani et al. 2017, Section 3.5). High frequencies tell t from t + 1, low
-# frequencies tell early from late. The frequencies form a geometric series: there are as many for
-# differences of about 10 steps as for differences of about 100.
+# frequencies tell early from late. The frequencies form a geometric series, each a fixed factor
+# below the one before, so that differences of about 1, 10, 100 and 1000 steps get equally many.
 
 
 def time_embedding(t, dim):
@@ -166,8 +167,8 @@ class Norm(nn.GroupNorm):
         super().__init__(channels // 8, channels)
 
     def forward(self, x):
-        # The network may compute in 16-bit numbers (section 8). Sums over many pixels need 32 bits;
-        # on a CPU this is also faster.
+        # The network may compute in 16-bit numbers (section 8). Sums over many pixels need 32 bits,
+        # and on a CPU this norm is also faster in 32 bits.
         return super().forward(x.float()).to(x.dtype)
 
 
@@ -199,9 +200,10 @@ def zero(layer):
 #
 #     softmax(q k^T / sqrt(d)) v                              (Vaswani et al. 2017, Eq. 1)
 #
-# A sum of d products grows like sqrt(d). With large scores, the softmax would put all weight on
-# one key and its gradient would be almost 0; the division prevents this. Several "heads" do this
-# side by side with vectors of their own, so that a pixel can collect different things at once.
+# The typical size of a sum of d products grows like sqrt(d). With large scores, the softmax would
+# put all weight on one key and its gradient would be almost 0; the division prevents this. Several
+# "heads" do this side by side with vectors of their own, so that a pixel can collect different
+# things at once.
 #
 # The cost is the number of queries times the number of keys: 256 products at 4x4, but a million at
 # 32x32. So attention works on at most 8x8 places: each block of pixels is averaged to one place,
@@ -242,10 +244,11 @@ class Attention(nn.Module):
 
 # ==== 6. The residual block =======================================================================
 #
-# Most of the work is done here: norm, SiLU, 3x3 convolution, twice, and the result is added to the
-# input. The block only has to learn what to change, and gradients reach the first layers through
-# the sums, however deep the network is. Between the two convolutions the time comes in: one number
-# per channel, added at every pixel, in every block, so that each can act differently at each t.
+# Most of the work is done here: norm, SiLU (the activation x sigmoid(x)), 3x3 convolution, twice,
+# and the result is added to the input. The block only has to learn what to change, and gradients
+# reach the first layers through the sums, however deep the network is. Between the two convolutions
+# the time comes in: one number per channel, added at every pixel, in every block, so that each can
+# act differently at each t.
 
 
 class ResBlock(nn.Module):
@@ -263,9 +266,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x, time):
         h = self.conv1(F.silu(self.norm1(x)))  # (B, c_mid, H, W)
-        h = h + self.time(time)[:, :, None, None]
+        h = h + self.time(time)[:, :, None, None]  # time: (B, c_mid, 1, 1)
         h = self.conv2(F.silu(self.norm2(h)))  # (B, c_out, H, W)
-        return self.skip(x) + h
+        return self.skip(x) + h  # (B, c_out, H, W)
 
 
 # ==== 7. The U-Net ================================================================================
@@ -384,9 +387,10 @@ class UNet(nn.Module):
 # Call this exp(2a), so a is half the log-odds. The probability of +1 is exp(2a) / (exp(2a) + 1).
 # The mean of the pixel is twice that minus 1, or (exp(2a) - 1) / (exp(2a) + 1) = tanh(a), and the
 # mean is the guess with the least squared error. So one pixel on its own gives the guess x_0 =
-# tanh(signal x_t / noise^2). What the other pixels say, and how rare +1 is, multiplies the odds
-# by a factor exp(2b), which adds b to a. The network returns this b. Its last layer is zero-
-# initialised, so before any training b = 0, and the guess is what each pixel says on its own.
+# tanh(signal x_t / noise^2). The other pixels, and the fact that +1 is rarer than -1, change the
+# odds by some factor. Write it as exp(2b): then a becomes a + b. The network returns this b. Its
+# last layer is zero-initialised, so before any training b = 0, and the guess is what each pixel
+# says on its own.
 # (The loss of section 9 is then 0.12 as a mean over all t; the guess eps = 0 would give 1.)
 #
 # The tanh keeps all guesses between -1 and +1. As t falls, its argument becomes large, positive or
@@ -394,11 +398,11 @@ class UNet(nn.Module):
 # (in Eq. 7, at t = 1, x_0 has the factor 1 and x_t the factor 0), so nothing needs to be clipped.
 # (For grey or coloured pictures the formula does not hold; section 12 says what to do.)
 #
-# One more thing helps with binary data: the network also sees its own guess of x_0 from the
-# sampling step before, as a second input channel. This is self-conditioning (Chen, Zhang & Hinton
-# 2022, arXiv 2208.04202). Where several pictures fit x_t, the earlier guess shows which of them has
-# begun to appear, and the network works on from there. Where there is no earlier guess, the channel
-# is all 0, the middle between -1 and +1.
+# One more thing helps with binary data: the network also sees an earlier guess of x_0, its own from
+# the sampling step before, as a second input channel. This is self-conditioning (Chen, Zhang &
+# Hinton 2022, arXiv 2208.04202). Where several pictures fit x_t, the earlier guess shows which of
+# them has begun to appear, and the network works on from there. Where there is no earlier guess (at
+# large t none is used), the channel is all 0, the middle between -1 and +1.
 
 
 @cache
@@ -432,9 +436,9 @@ def guess_x_0(model, schedule, x_t, t, x_0_before):
 # large p(x_0). That is an integral over all paths x_1, ..., x_T that end in x_0, and cannot be
 # computed. But -log p(x_0) has an upper bound that can (Eq. 3, Eq. 5): in essence a sum over t of
 # KL divergences. A KL divergence measures how far one distribution is from another, here the
-# reverse step p(x_{t-1} | x_t) from q(x_{t-1} | x_t, x_0), the true step back, which is known once
-# x_0 is given. Both are Gaussian with fixed variances, so up to a constant it is the squared
-# difference of their means, divided by 2 sigma_t^2 (Eq. 8).
+# reverse step p(x_{t-1} | x_t) from q(x_{t-1} | x_t, x_0), the step back of one who knows x_0, as
+# we do in training. Both are Gaussian, and their variances are not learned. Then it is the squared
+# difference of their means, divided by 2 sigma_t^2, plus a constant (Eq. 8).
 #
 # Section 10 shows that both means follow from x_t and eps in the same way (Eq. 11), one with the
 # true eps and one with the guess eps_theta. So the term for t becomes (Eq. 12)
@@ -443,10 +447,10 @@ def guess_x_0(model, schedule, x_t, t, x_0_before):
 #
 # averaged over x_0 and eps. The paper drops the factor in front and keeps the square (Eq. 14). That
 # may be done: at each t the best guess is the same whatever its weight, so weights only say where
-# to try hardest. With sigma_t^2 = beta_t the factor is 0.5 at t = 1, falls to 0.005 at t = 349 and
-# rises again to 0.01 at t = T. So compared with the bound, Eq. 14 takes weight from small t and
-# gives it to the middle (Ho, Section 3.4). For our guess this changes little: at small t the error
-# is almost 0 anyway, and between t = 200 and 700 the factor stays between 0.005 and 0.0072.
+# to try hardest. With sigma_t^2 = beta_t (section 10 has another choice) it is 0.5 at t = 1, falls
+# to 0.005 at t = 349 and rises again to 0.01 at t = T. So Eq. 14 gives small t less weight than the
+# bound does (Ho, Section 3.4). For our guess this changes little: at small t the error is almost 0
+# anyway, and between t = 200 and 700 the factor stays between 0.005 and 0.0072.
 
 
 def loss_fn(model, schedule, x_0, t, eps, x_0_before):
@@ -497,10 +501,10 @@ def training_loss(model, schedule, x_0, generator):
     """
     t = draw_t(len(x_0), generator, x_0.device)  # (B,)
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
-    # Self-conditioning: in half of the steps the network first guesses without an earlier guess,
-    # and this guess, at the same t, is the earlier guess for the second pass. (In sampling it comes
-    # from a larger t; to train with that gave worse samples.) No gradient, to save time. The other
-    # half keeps the network able to begin without a guess.
+    # Self-conditioning: in half of the steps the network runs twice at the same t, first with zeros
+    # (and without gradient, to save time), then with its first guess. (In sampling the earlier
+    # guess comes from a larger t; to train with that gave worse samples.) In the other half it has
+    # only zeros, so that it can also begin without a guess.
     x_0_before = torch.zeros_like(x_0)
     if torch.rand((), generator=generator, device=x_0.device) < 0.5:
         with torch.no_grad():
@@ -510,12 +514,12 @@ def training_loss(model, schedule, x_0, generator):
 
 
 class EMA:
-    """A running average of the weights, used for samples (Ho, Appendix B).
+    """Exponential moving average (EMA) of the weights, used for samples (Ho, Appendix B).
 
     Each step follows the gradient of one small batch, which is noisy; the average over many steps
     is less so. A decay of 0.9995 averages over about the last 1 / (1 - decay) = 2000 steps. Early
-    in training that would keep the random initial weights in the average. So it begins with about
-    the last ninth of the steps so far, until this is 2000.
+    in training that would keep the random initial weights in the average. So at first it averages
+    over about the last ninth of the steps so far, and once this is more than 2000, over 2000.
     """
 
     def __init__(self, model, decay=0.9995):
@@ -533,12 +537,13 @@ class EMA:
 
 # ==== 10. The reverse process: from noise to a picture ============================================
 #
-# If x_0 were known, the step back would be known too. Bayes' rule combines Eq. 2, which says how
-# x_t came from x_{t-1}, with Eq. 4, which says where x_{t-1} was: both are Gaussian in x_{t-1},
-# with precisions (1 / variance) alpha_t / beta_t and 1 / (1 - alpha_bar_{t-1}). Precisions add up,
-# and the mean is the average of the two centres, x_t / sqrt(alpha_t) and sqrt(alpha_bar_{t-1}) x_0,
-# weighted by precision. The sum of the precisions is (1 - alpha_bar_t) / (beta_t (1 -
-# alpha_bar_{t-1})). So q(x_{t-1} | x_t, x_0) is a Gaussian with this mean and variance (Eq. 7):
+# If x_0 were known, the step back would be known too. Two things are known about x_{t-1} then. By
+# Eq. 4, it is Gaussian around sqrt(alpha_bar_{t-1}) x_0 with variance 1 - alpha_bar_{t-1}. And x_t
+# came from it: Eq. 2, read as a function of x_{t-1}, is a Gaussian around x_t / sqrt(alpha_t) with
+# variance beta_t / alpha_t. Bayes' rule multiplies the two. The product of two Gaussians is again
+# one: their precisions (1 / variance) add up, here to (1 - alpha_bar_t) / (beta_t (1 -
+# alpha_bar_{t-1})), and its centre is the average of theirs, weighted by precision. So
+# q(x_{t-1} | x_t, x_0) has this mean and variance (Eq. 7):
 #
 #     mu = [ sqrt(alpha_bar_{t-1}) beta_t x_0
 #          + sqrt(alpha_t) (1 - alpha_bar_{t-1}) x_t ] / (1 - alpha_bar_t)
@@ -575,16 +580,16 @@ def ddpm_step(schedule, x_t, t, eps, z):
 
 # There is another view of this step. The gradient of log q(x_t) with respect to x_t is called the
 # score; it points to where pictures are more likely. For one known x_0 it is, by Eq. 4,
-# -eps / sqrt(1 - alpha_bar_t). Averaged over all x_0 that fit x_t this gives the score of all
-# pictures, and a network trained with squared error learns this average. So eps_theta is the
-# score up to a factor, Eq. 14 is denoising score matching, and Algorithm 2 resembles Langevin
-# dynamics: a step uphill, a little fresh noise, and again (Ho, Section 3.2; Song & Ermon 2019).
+# -eps / sqrt(1 - alpha_bar_t). The score of q(x_t) is the mean of this over all x_0 that fit x_t,
+# and a network trained with squared error learns the mean of eps. So eps_theta is the score up to
+# a factor, and Algorithm 2 resembles Langevin dynamics: a step uphill, a little fresh noise, and
+# again (Ho, Section 3.2; Song & Ermon 2019).
 #
 # A thousand steps take time. Song, Meng & Ermon, "Denoising Diffusion Implicit Models" (2021, arXiv
 # 2010.02502), noticed that Eq. 14 uses only q(x_t | x_0), Eq. 4, and not the path from x_0 to x_t.
-# So the same network also fits processes that jump from t to any smaller s: guess x_0 and eps, and
-# mix them again as Eq. 4 does at s. A part of the noise, of variance sigma^2, may be fresh. Their
-# Eq. 12 and Eq. 16 (they write alpha for Ho's alpha_bar) are
+# So the same trained network can jump from t to any smaller s: guess x_0 and eps, and mix them
+# again as Eq. 4 does at s. A part of the noise, of variance sigma^2, may be fresh. Their Eq. 12 and
+# Eq. 16 (they write alpha for Ho's alpha_bar) are
 #
 #     x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z
 #     sigma = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)
@@ -596,8 +601,8 @@ def ddpm_step(schedule, x_t, t, eps, z):
 def ddim_step(schedule, x_t, t, s, x_0, eps, z, eta):
     """Eq. 12 of DDIM: from x_t to x_s, 0 <= s < t <= T.
 
-    x_t, x_0, eps, z: float (B, 1, H, W): the picture, both guesses, fresh noise (z may be the
-    number 0 if eta is 0). t, s: int. eta: 0 to 1. Returns x_s: (B, 1, H, W).
+    x_t, x_0, eps, z: float (B, 1, H, W): the picture, both guesses, fresh noise. t, s: int.
+    eta: 0 to 1. Returns x_s: (B, 1, H, W).
     """
     var_t, var_s = schedule.one_minus_alpha_bar[t], schedule.one_minus_alpha_bar[s]
     ratio = schedule.alpha_bar[t] / schedule.alpha_bar[s]
@@ -661,7 +666,10 @@ def sample(model, schedule, x_T, steps=T, eta=1.0, generator=None):
 
 
 def pick_device(name):
-    """Returns name if this device is there, or the first of cuda, mps and cpu for "auto"."""
+    """Returns name if this device is there, or the first of cuda, mps and cpu for "auto".
+
+    Ends the program with one line if it is not there.
+    """
     found = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -718,7 +726,7 @@ def load(path):
 # ==== 12. What to change for something else =======================================================
 #
 # 64x64 pictures: SIZE in shapes.py, and one more level in UNet (`channels`, both `pairs`, and the
-#   names in `table`). With more pixels every decision moves to a larger t, so shift FOCUS, too.
+#   names and zeros in `table`). With more pixels every decision moves to a larger t: shift FOCUS.
 # Colour: 3 + 3 channels into `stem`, 3 out of `out`, and pictures (B, 3, 32, 32) everywhere.
 # Grey or coloured values, not only -1 and +1: no tanh. Let the network return
 #   v = signal eps - noise x_0; then x_0 = signal x_t - noise v, which magnifies no error (Salimans
@@ -728,10 +736,10 @@ def load(path):
 #   beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.999. FOCUS should then cover the same
 #   signal-to-noise ratios as before.
 # "A triangle, please": class conditioning. A vector for each kind, nn.Embedding(4 + 1, time_dim),
-#   is added to `time` in UNet.forward; every call on the way there passes the kind on. In a tenth
-#   of the steps train with the fifth vector, "any kind". In sampling use b_any + w (b_kind - b_any)
-#   with w > 1, which exaggerates what the kind changes: classifier-free guidance (Ho & Salimans
-#   2022, arXiv 2207.12598).
+#   is added to `time` in UNet.forward; make_dataset returns the kind, and every call on the way to
+#   the network passes it on. In a tenth of the steps train with the fifth vector, "any kind". In
+#   sampling run the network twice and use b_any + w (b_kind - b_any) with w > 1, which exaggerates
+#   what the kind changes: classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).
 
 # ==== 13. Look at it: python ddpm.py ==============================================================
 

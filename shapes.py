@@ -92,6 +92,7 @@ KIND_OF = {key(mask): kind for kind in KINDS for mask in CATALOGUE[kind]}
 #   two rectangles, or one rectangle with a corner missing.
 # - One shape, and two coins for two more: pictures of two are as frequent as those of one and of
 #   three together. Then each part of a picture may decide nearly on its own whether it has a shape.
+#   (With equally frequent numbers, after 1000 steps 15 and not 33 % of right samples had three.)
 
 
 def draw_picture(kinds, rng):
@@ -260,7 +261,7 @@ def save_catalogue(path):
         h, w = mask.shape
         y, x = (24 - h) // 2, (24 - w) // 2
         cell[y : y + h, x : x + w] = mask
-    save_picture(path, tile(cells, columns=30, scale=1))
+    save_picture(path, tile(cells, columns=24, scale=1))
 
 
 if __name__ == "__main__":

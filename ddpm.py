@@ -619,7 +619,8 @@ def timesteps(steps):
     """
     if not 1 <= steps <= T:
         raise ValueError(f"steps must be between 1 and {T}, got {steps}")
-    # The first 20 % of the steps go from T to 650, the next 75 % to 250, the rest to 1.
+    # The first 20 % of the steps go from T to the upper end of FOCUS, the next 75 % to its lower
+    # end, the rest to 1.
     walked = np.linspace(0, 1, steps)  # (steps,)
     visited = {round(t) for t in np.interp(walked, (0, 0.2, 0.95, 1), (T, FOCUS[1], FOCUS[0], 1))}
     # Above about 530 steps some t would occur twice. The largest t that are free replace them.

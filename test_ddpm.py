@@ -136,8 +136,8 @@ def test_a_data_set_holds_what_it_says():
             (top, left), (bottom, right) = np.argwhere(blob).min(0), np.argwhere(blob).max(0) + 1
             assert not any(n % 4 for n in (top, left, bottom, right))
             boxes.append((top, left, bottom, right))
-        for a, b in itertools.combinations(boxes, 2):
-            assert max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3]) >= 4
+        for one, two in itertools.combinations(boxes, 2):
+            assert max(one[0] - two[2], two[0] - one[2], one[1] - two[3], two[1] - one[3]) >= 4
     # Every mask of a kind, and every place in the frame, comes up.
     alone = [p for p, k in zip(pictures, found) if k == ["circle"]]
     widths = np.bincount([p.any(0).sum() for p in alone])

@@ -48,9 +48,9 @@ def triangle(height, rise):
 
 
 def diagonal(length):
-    """The main diagonal of a square and the pixels beside it: (length, length)."""
+    """The main diagonal of a square and two pixels on either side: (length, length)."""
     y, x = np.ogrid[:length, :length]
-    return abs(x - y) <= 1
+    return abs(x - y) <= 2
 
 
 def mirror_images(picture):
@@ -69,10 +69,9 @@ def make_catalogue():
     made = [("circle", circle(diameter)) for diameter in range(8, 17, GRID)]
     sides = range(8, 17, GRID)
     made += [("rectangle", rectangle(height, width)) for height in sides for width in sides]
-    made += [("triangle", triangle(height, 1)) for height in range(4, 9, GRID)]
-    made += [("triangle", triangle(height, 2)) for height in range(8, 17, GRID)]
-    made += [("line", rectangle(GRID, length)) for length in range(12, 25, GRID)]
-    made += [("line", diagonal(length)) for length in range(8, 21, GRID)]
+    made += [("triangle", triangle(height, rise)) for height, rise in ((8, 1), (12, 2), (16, 2))]
+    made += [("line", rectangle(GRID, length)) for length in range(16, SIZE + 1, GRID)]
+    made += [("line", diagonal(length)) for length in range(12, 25, GRID)]
     catalogue = {kind: {} for kind in KINDS}
     for kind, mask in made:
         for image in mirror_images(mask):

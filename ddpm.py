@@ -315,20 +315,22 @@ class Middle(nn.Module):
 class Up(nn.Module):
     """One level on the way up: (B, c_below, H, W) and a skip (B, c, 2H, 2W) -> (B, c, 2H, 2W)."""
 
-    def __init__(self, c_below, c, time_dim):
+    def __init__(self, c_below, c, time_dim, blocks):
         super().__init__()
         self.below = Conv1x1(c_below, c)
         self.attention = Attention(c, c)
-        self.block = ResBlock(c, c, time_dim)
+        self.blocks = nn.ModuleList([ResBlock(c, c, time_dim) for _ in range(blocks)])
 
     def forward(self, x, skip, time):
         x = F.interpolate(self.below(x), scale_factor=2.0)  # (B, c, 2H, 2W), each pixel four times
         x = self.attention(x + skip)
-        return self.block(x, time)
+        for block in self.blocks:
+            x = block(x, time)
+        return x
 
 
 class UNet(nn.Module):
-    """The network. It sees x_t and an earlier guess of x_0; section 8 says what it returns.
+    """The network. Section 8 says what it returns.
 
     channels: at 32x32, 16x16 and 8x8. bottleneck: at 4x4. narrow: inside the blocks at 4x4.
     time_dim: size of the time vector, even. All numbers of channels are multiples of 8 and, above
@@ -342,23 +344,22 @@ class UNet(nn.Module):
         c1, c2, c3 = channels
         d = time_dim  # two layers turn the sines and cosines into what the blocks use
         self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU())
-        self.stem = nn.Conv2d(2, c1, 3, padding=1)
+        self.stem = nn.Conv2d(1, c1, 3, padding=1)
         pairs = [(c1, c1), (c1, c2), (c2, c3)]
         self.down = nn.ModuleList([ResBlock(a, b, time_dim) for a, b in pairs])
         self.middle = Middle(c3, bottleneck, narrow, time_dim)
-        pairs = [(bottleneck, c3), (c3, c2), (c2, c1)]
-        self.up = nn.ModuleList([Up(a, b, time_dim) for a, b in pairs])
+        levels = [(bottleneck, c3, 2), (c3, c2, 1), (c2, c1, 1)]  # two blocks at 8x8
+        self.up = nn.ModuleList([Up(a, b, time_dim, blocks) for a, b, blocks in levels])
         self.norm = Norm(c1)
         self.out = zero(nn.Conv2d(c1, 1, 3, padding=1))
         # Channels last: all channels of a pixel lie side by side in memory, which makes the
         # convolutions faster. Shapes are still written (B, C, H, W).
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, x_t, x_0_before, t):
-        """x_t, x_0_before: float (B, 1, 32, 32). t: int64 (B,) in 1..T. Returns (B, 1, 32, 32)."""
+    def forward(self, x_t, t):
+        """x_t: float (B, 1, 32, 32). t: int64 (B,) in 1..T. Returns (B, 1, 32, 32)."""
         time = self.time(time_embedding(t, self.config["time_dim"]))  # (B, time_dim)
-        x = torch.cat([x_t, x_0_before], dim=1)  # (B, 2, 32, 32)
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))  # (B, c1, 32, 32)
+        x = self.stem(x_t)  # (B, c1, 32, 32)
         skips = []
         for block in self.down:
             x = block(x, time)  # (B, c, H, W)
@@ -397,12 +398,6 @@ class UNet(nn.Module):
 # negative, and the guess approaches -1 or +1. The last step of sampling returns this guess itself
 # (in Eq. 7, at t = 1, x_0 has the factor 1 and x_t the factor 0), so nothing needs to be clipped.
 # (For grey or coloured pictures the formula does not hold; section 12 says what to do.)
-#
-# One more thing helps with binary data: the network also sees an earlier guess of x_0, its own from
-# the sampling step before, as a second input channel. This is self-conditioning (Chen, Zhang &
-# Hinton 2022, arXiv 2208.04202). Where several pictures fit x_t, the earlier guess shows which of
-# them has begun to appear, and the network works on from there. Where there is no earlier guess (at
-# large t none is used), the channel is all 0, the middle between -1 and +1.
 
 
 @cache
@@ -415,16 +410,16 @@ def fast_bfloat16(device):
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def guess_x_0(model, schedule, x_t, t, x_0_before):
+def guess_x_0(model, schedule, x_t, t):
     """The network's guess of x_0; the best would be the mean of all that fit x_t: (B, 1, 32, 32).
 
-    x_t: float (B, 1, 32, 32). t: int64 (B,), in 1..T. x_0_before: an earlier guess or zeros,
-    (B, 1, 32, 32). predict_eps turns the guess into the paper's eps_theta(x_t, t).
+    x_t: float (B, 1, 32, 32). t: int64 (B,), in 1..T. predict_eps turns the guess into the paper's
+    eps_theta(x_t, t).
     """
     device = x_t.device.type
     # autocast computes products and convolutions in bfloat16; the weights stay float32.
     with torch.autocast(device, torch.bfloat16, enabled=fast_bfloat16(device)):
-        b = model(x_t, x_0_before, t)  # (B, 1, 32, 32)
+        b = model(x_t, t)  # (B, 1, 32, 32)
     signal, noise = schedule.signal_and_noise(t)
     return torch.tanh(signal * x_t / noise**2 + b.float())
 
@@ -453,22 +448,22 @@ def guess_x_0(model, schedule, x_t, t, x_0_before):
 # anyway, and between t = 200 and 700 the factor stays between 0.005 and 0.0072.
 
 
-def loss_fn(model, schedule, x_0, t, eps, x_0_before):
+def loss_fn(model, schedule, x_0, t, eps):
     """Eq. 14, the simple loss, as a mean over pictures and pixels. Returns a 0-d tensor.
 
     x_0: float (B, 1, 32, 32), -1 or +1. t: int64 (B,), in 1..T. eps: standard normal,
-    (B, 1, 32, 32). x_0_before: an earlier guess or zeros, (B, 1, 32, 32).
+    (B, 1, 32, 32).
     """
     x_t = q_sample(schedule, x_0, t, eps)
-    x_0_guess = guess_x_0(model, schedule, x_t, t, x_0_before)
+    x_0_guess = guess_x_0(model, schedule, x_t, t)
     return F.mse_loss(predict_eps(schedule, x_t, t, x_0_guess), eps)
 
 
 # Algorithm 1 repeats: take pictures x_0, draw t and eps, take a gradient step on Eq. 14. (The loop
 # is in train.py.) The paper draws t uniformly from 1..T. Here more than half of these t would be
-# wasted: below t = 250 there is soon nothing left to learn, and above t = 650 only a rough idea of
+# wasted: below t = 350 there is soon nothing left to learn, and above t = 750 only a rough idea of
 # the picture can be had. In between the picture is decided. So four of five t are drawn from there,
-# and the rest uniformly, so that no t is forgotten. A t in 250..650 then counts 11 times as much in
+# and the rest uniformly, so that no t is forgotten. A t in 350..750 then counts 11 times as much in
 # the training loss as another one; the validation loss keeps t uniform, as in Eq. 14.
 #
 # The loss soon looks flat while the samples still get better. Most of it is ambiguity that no
@@ -484,7 +479,7 @@ def loss_fn(model, schedule, x_0, t, eps, x_0_before):
 # Between the two the share of right samples (shapes.py says which are right), drawn in 50 steps,
 # rose from 86 to 94 %.
 
-FOCUS, FOCUS_SHARE = (250, 650), 0.8
+FOCUS, FOCUS_SHARE = (350, 750), 0.8
 
 
 def draw_t(n, generator, device="cpu"):
@@ -502,16 +497,7 @@ def training_loss(model, schedule, x_0, generator):
     """
     t = draw_t(len(x_0), generator, x_0.device)  # (B,)
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
-    # Self-conditioning: in half of the steps the network runs twice at the same t, first with zeros
-    # (and without gradient, to save time), then with its first guess. (In sampling the earlier
-    # guess comes from a larger t; to train with that gave worse samples.) In the other half it has
-    # only zeros, so that it can also begin without a guess.
-    x_0_before = torch.zeros_like(x_0)
-    if torch.rand((), generator=generator, device=x_0.device) < 0.5:
-        with torch.no_grad():
-            x_t = q_sample(schedule, x_0, t, eps)
-            x_0_before = guess_x_0(model, schedule, x_t, t, x_0_before)
-    return loss_fn(model, schedule, x_0, t, eps, x_0_before)
+    return loss_fn(model, schedule, x_0, t, eps)
 
 
 class EMA:
@@ -613,47 +599,35 @@ def ddim_step(schedule, x_t, t, s, x_0, eps, z, eta):
 
 
 def timesteps(steps):
-    """The t to visit: `steps` integers from T down to 1, most where the picture is decided; then 0.
+    """The t to visit: `steps` integers from T down to 1, evenly spaced; then 0.
 
     With steps = T these are all t. Raises ValueError unless steps is in 1..T.
     """
     if not 1 <= steps <= T:
         raise ValueError(f"steps must be between 1 and {T}, got {steps}")
-    # The first 20 % of the steps go from T to the upper end of FOCUS, the next 75 % to its lower
-    # end, the rest to 1.
-    walked = np.linspace(0, 1, steps)  # (steps,)
-    visited = {round(t) for t in np.interp(walked, (0, 0.2, 0.95, 1), (T, FOCUS[1], FOCUS[0], 1))}
-    # Above about 530 steps some t would occur twice. The largest t that are free replace them.
-    free = [t for t in range(T, 0, -1) if t not in visited]
-    return sorted(visited | {*free[: steps - len(visited)]}, reverse=True) + [0]
+    return [round(t) for t in np.linspace(T, 1, steps)] + [0]
 
 
 @torch.no_grad()
 def reverse_process(model, schedule, x_T, steps=T, eta=1.0, generator=None):
     """Walks from noise to pictures and yields every stop on the way.
 
-    Above the upper end of FOCUS, an earlier guess gave too few shapes, and so did long steps with
-    fresh noise. So there the network gets no earlier guess, and steps that skip some t have eta =
-    0. (Of 512 samples in 20 steps 93 % were right, and 17 % of these had three shapes; without both
-    rules 91 and 13 %; in the data 25 % have three.)
-
     x_T: standard normal float (B, 1, 32, 32). steps: 1..T. eta: 0 to 1. With steps = T and
     eta = 1 this is Algorithm 2, otherwise DDIM. generator: draws z, on the CPU, so that a seed
     means the same z on every device. Yields (t, x_t, guess of x_0 from x_t), t falling from T; at
     the end (0, x_0, x_0). Raises ValueError, on the first next(), as timesteps does.
     """
-    x, x_0 = x_T, torch.zeros_like(x_T)
+    x = x_T
     for t, s in pairwise(timesteps(steps)):
         now = torch.full((len(x),), t, device=x.device)  # (B,)
-        early = t > FOCUS[1]
-        x_0 = guess_x_0(model, schedule, x, now, torch.zeros_like(x) if early else x_0)
+        x_0 = guess_x_0(model, schedule, x, now)
         eps = predict_eps(schedule, x, now, x_0)
         yield t, x, x_0
         z = torch.randn(x.shape, generator=generator).to(x.device)
         if s == t - 1 and eta == 1:
             x = ddpm_step(schedule, x, t, eps, z)
         else:
-            x = ddim_step(schedule, x, t, s, x_0, eps, z, 0 if early and s < t - 1 else eta)
+            x = ddim_step(schedule, x, t, s, x_0, eps, z, eta)
     yield 0, x, x
 
 
@@ -729,7 +703,7 @@ def load(path):
 #
 # 64x64 pictures: SIZE in shapes.py, and one more level in UNet (`channels`, both `pairs`, and the
 #   names and zeros in `table`). With more pixels every decision moves to a larger t: shift FOCUS.
-# Colour: 3 + 3 channels into `stem`, 3 out of `out`, and pictures (B, 3, 32, 32) everywhere.
+# Colour: 3 channels into `stem`, 3 out of `out`, and pictures (B, 3, 32, 32) everywhere.
 # Grey or coloured values, not only -1 and +1: no tanh. Let the network return
 #   v = signal eps - noise x_0; then x_0 = signal x_t - noise v, which magnifies no error (Salimans
 #   & Ho 2022, arXiv 2202.00512). That is the last line of guess_x_0; clip the samples to [-1, 1].
@@ -759,7 +733,7 @@ def table(model):
             lambda part, inputs, y, name=name: sizes.update({name: y.shape[1:]})
         )
     with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 1, 32, 32), torch.zeros(1, 1, 32, 32), torch.ones(1).long())
+        model(torch.zeros(1, 1, 32, 32), torch.ones(1).long())
     counts = counter.get_flop_counts()  # a multiplication and an addition count as two
     lines = ["part        output           parameters  multiplications"]
     for name in names:

@@ -169,16 +169,14 @@ def print_score(x, run, untrained):
 
 @torch.no_grad()
 def print_loss_by_t(model, schedule, run):
-    """Prints the loss (Eq. 14) at several t, with an earlier guess, on 256 held-out pictures."""
+    """Prints the loss (Eq. 14) at several t, on 256 held-out pictures."""
     x_0 = torch.from_numpy(shapes.to_model(shapes.make_dataset(256, [run["seed"], 2])))
     x_0 = x_0.to(schedule.beta.device)
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0.device)
     times, losses = (50, 100, 200, 300, 400, 500, 600, 800, 1000), []
     for now in times:
         t = torch.full((len(x_0),), now, device=x_0.device)
-        x_t = ddpm.q_sample(schedule, x_0, t, eps)
-        guess = ddpm.guess_x_0(model, schedule, x_t, t, torch.zeros_like(x_t))
-        losses.append(ddpm.loss_fn(model, schedule, x_0, t, eps, guess).item())
+        losses.append(ddpm.loss_fn(model, schedule, x_0, t, eps).item())
     print("t                " + "".join(f"{t:>8}" for t in times))
     print("loss times 10,000" + "".join(f"{1e4 * loss:>8.1f}" for loss in losses))
 
@@ -220,7 +218,7 @@ def save_inside(path, model, schedule, seed):
     x_0 = torch.from_numpy(shapes.to_model(shapes.make_dataset(1, [seed, 3])))  # (1, 1, 32, 32)
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
     x_t = ddpm.q_sample(schedule, x_0.to(device), t, eps.to(device))
-    guess = ddpm.guess_x_0(model, schedule, x_t, t, torch.zeros_like(x_t))
+    guess = ddpm.guess_x_0(model, schedule, x_t, t)
     found = ddpm.predict_eps(schedule, x_t, t, guess)
 
     columns = [(f"$x_t$, t = {INSIDE}\n$x_0$", torch.cat([x_t.cpu(), x_0])[:, 0])]

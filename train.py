@@ -22,7 +22,7 @@ from tqdm import tqdm
 import ddpm
 import shapes
 
-MATRIX_RATE, OTHER_RATE = 40, 8  # the rates of Muon and Adam at their peak, as multiples of --lr
+OTHER_RATE = 1.6e-3  # the peak rate of what is not a matrix: biases, norms, first and last layer
 WARMUP = 100  # steps in which the rates rise: the first gradients mislead
 DECAY_FROM = 1000  # steps after which the rates fall as 1 / sqrt(step), however long the run is
 CLIP = 1.0  # the largest norm of a gradient, all weights together
@@ -40,7 +40,7 @@ def parser():
     p.add_argument("--epochs", type=int, default=100, help="passes over the training pictures")
     p.add_argument("--samples", type=int, default=10_000, help="training pictures to draw")
     p.add_argument("--batch-size", type=int, default=64, help="training pictures per step")
-    p.add_argument("--lr", type=float, default=2e-4, help="matrices get 40, the rest 8 times this")
+    p.add_argument("--lr", type=float, default=2e-4, help="peak rate of the weight matrices")
     p.add_argument("--seed", type=int, default=0, help="of data, weights and noise")
     p.add_argument("--resume", action="store_true", help="go on from latest.pt, with its flags")
     p.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto for what is there")
@@ -100,7 +100,8 @@ class Muon(torch.optim.Optimizer):
 
     The gradient of a matrix is large in a few directions and small in most. Adam scales each
     number on its own, which mostly keeps it so. Muon moves about equally far in all directions.
-    (torch.optim.Muon takes no convolutions, and computes in bfloat16 even where that is slow.)
+    lr is how far a step moves a weight, as the root mean square over its matrix. (torch.optim.Muon
+    takes no convolutions, and computes in bfloat16 even where that is slow.)
     """
 
     def __init__(self, matrices, lr, momentum=0.95):
@@ -124,21 +125,21 @@ class Muon(torch.optim.Optimizer):
             alike.setdefault(x.shape, []).append((p, x.flatten(1)))
         for shape, pairs in alike.items():
             for (p, _), x in zip(pairs, orthogonal(torch.stack([x for _, x in pairs]))):
-                c_out, c_in = p.shape[:2]
-                x = x.view(shape).transpose(0, 1) if c_out > c_in else x.view(shape)
-                # With more outputs than inputs each output gets less: make up for that.
-                p.add_(x, alpha=-group["lr"] * math.sqrt(max(1, c_out / c_in)))
+                # k columns share a row of length 1: each number is about 1 / sqrt(k). Undone, one
+                # lr fits matrices of all shapes (Liu et al. 2025, arXiv 2502.16982).
+                lr = group["lr"] * math.sqrt(x.shape[1])
+                x = x.view(shape)
+                p.add_(x.transpose(0, 1) if len(p) > p.shape[1] else x, alpha=-lr)
 
 
 def optimizers_for(model, lr):
     """Muon for the matrices, Adam for the rest: biases, norms, and the first and last layer.
 
-    These two layers have only one or two channels on one side.
+    These two layers have only one channel on one side.
     """
-    matrices = [p for p in model.parameters() if p.ndim > 1 and min(p.shape[:2]) > 2]
-    others = [p for p in model.parameters() if p.ndim == 1 or min(p.shape[:2]) <= 2]
-    adam = torch.optim.Adam(others, OTHER_RATE * lr, betas=(0.9, 0.99), fused=True)
-    return Muon(matrices, MATRIX_RATE * lr), adam
+    matrices = [p for p in model.parameters() if p.ndim > 1 and min(p.shape[:2]) > 1]
+    others = [p for p in model.parameters() if p.ndim == 1 or min(p.shape[:2]) == 1]
+    return Muon(matrices, lr), torch.optim.Adam(others, OTHER_RATE, betas=(0.9, 0.99), fused=True)
 
 
 # ==== Small parts of the loop =====================================================================
@@ -163,10 +164,10 @@ def mirror(x_0, generator):
 
 @torch.no_grad()
 def validation_loss(model, schedule, x_0):
-    """Eq. 14 on held-out pictures, t uniform, always with the same noise, no earlier guess."""
+    """Eq. 14 on held-out pictures, with t uniform and always the same noise."""
     t = torch.linspace(1, ddpm.T, len(x_0)).round().long().to(x_0.device)  # (n,)
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1)).to(x_0.device)
-    parts = zip(x_0.split(64), t.split(64), eps.split(64), torch.zeros_like(x_0).split(64))
+    parts = zip(x_0.split(64), t.split(64), eps.split(64))
     losses = [ddpm.loss_fn(model, schedule, *part) * len(part[0]) for part in parts]
     return (sum(losses) / len(x_0)).item()
 

@@ -281,17 +281,17 @@ class ResBlock(nn.Module):
 #
 #     32x32  stem -- down ------------------------------- up -- out
 #     16x16            down ----------------------- up
-#      8x8               down --------------- up
+#      8x8               down --------------- up (two blocks)
 #      4x4                  middle (512)
 #
-# There is attention at every resolution: in the middle, and on the way up, where a level has both
-# its own detail and the view from below.
+# There is attention at every level (on 8x8 places at most): in the middle, and on the way up, where
+# a level has both its own detail and the view from below.
 #
-# `python ddpm.py` prints the parameters and the multiplications of each part. The middle has 57 %
-# of the parameters, but only 18 % of the multiplications: each weight is used at 16 places. At
-# 32x32 a weight is used at 1024 places, so that 0.8 % of the parameters make 10 % of the
+# `python ddpm.py` prints the parameters and the multiplications of each part. The middle has 49 %
+# of the parameters, but only 15 % of the multiplications: each weight is used at 16 places. At
+# 32x32 a weight is used at 1024 places, so that 0.7 % of the parameters make 8 % of the
 # multiplications. The tensors are largest there, too, and reading and writing them takes time. So
-# this level has only 16 channels: with 32, a training step took 1.2 times as long on a CPU.
+# this level has only 16 channels: with 32, a training step took @@ times as long on a CPU.
 
 
 class Middle(nn.Module):
@@ -373,14 +373,15 @@ class UNet(nn.Module):
 
 # ==== 8. The guess ================================================================================
 #
-# What should the network return? It could be eps, as in the paper. But near t = T the picture is a
-# tiny difference: x_0 = (x_t - 0.99998 eps) / 0.0064 multiplies every error of the network by
-# 157. And the network would have to learn what we know: a pixel is -1 or +1. So we compute what the
-# value of a pixel says about this pixel, and leave to the network what the other pixels say.
+# What should the network return? It could be eps, as in the paper. But near t = T the picture is
+# what is left when two almost equal numbers are subtracted: x_0 = (x_t - 0.99998 eps) / 0.0064
+# multiplies every error of the network by 157. And the network would have to learn what we know: a
+# pixel is -1 or +1. So we compute what the value of a pixel says about this pixel, and leave to the
+# network what the other pixels say.
 #
 # Suppose that each pixel were +1 or -1 with equal probability, independently of all others. With
 # signal = sqrt(alpha_bar_t) and noise = sqrt(1 - alpha_bar_t), Eq. 4 and Bayes' rule then give the
-# odds that it is +1:
+# odds, the probability of +1 divided by that of -1:
 #
 #     exp(-(x_t - signal)^2 / (2 noise^2)) / exp(-(x_t + signal)^2 / (2 noise^2))
 #         = exp(2 signal x_t / noise^2)
@@ -402,8 +403,8 @@ class UNet(nn.Module):
 
 @cache
 def fast_bfloat16(device):
-    """Whether "cpu", "cuda" or "mps" is faster in bfloat16, 16 bits with the range of float32 and
-    2 to 3 digits. False for mps, where it has not been tried."""
+    """Whether "cpu", "cuda" or "mps" has instructions for bfloat16, 16 bits with the range of
+    float32 and 2 to 3 digits. False for mps, where it has not been tried."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities() if device == "cpu" else {}
@@ -429,11 +430,12 @@ def guess_x_0(model, schedule, x_t, t):
 # Which loss? A step back is p(x_{t-1} | x_t) = N(mu_theta(x_t, t), sigma_t^2 I) (Eq. 1), a Gaussian
 # whose mean comes from the network; sigma_t is chosen in section 10. Maximum likelihood asks for a
 # large p(x_0). That is an integral over all paths x_1, ..., x_T that end in x_0, and cannot be
-# computed. But -log p(x_0) has an upper bound that can (Eq. 3, Eq. 5): in essence a sum over t of
-# KL divergences. A KL divergence measures how far one distribution is from another, here the
-# reverse step p(x_{t-1} | x_t) from q(x_{t-1} | x_t, x_0), the step back of one who knows x_0, as
-# we do in training. Both are Gaussian, and their variances are not learned. Then it is the squared
-# difference of their means, divided by 2 sigma_t^2, plus a constant (Eq. 8).
+# computed. But -log p(x_0) has an upper bound that can be computed (Eq. 3, Eq. 5): in essence a sum
+# over t of KL divergences. A KL divergence measures how far one distribution is from another, here
+# the reverse step p(x_{t-1} | x_t) from q(x_{t-1} | x_t, x_0), the step back of one who knows x_0,
+# as we do in training. Both are Gaussian, and their variances are not learned. Then the KL
+# divergence is the squared difference of their means, divided by 2 sigma_t^2, plus a constant
+# (Eq. 8).
 #
 # Section 10 shows that both means follow from x_t and eps in the same way (Eq. 11), one with the
 # true eps and one with the guess eps_theta. So the term for t becomes (Eq. 12)
@@ -442,9 +444,10 @@ def guess_x_0(model, schedule, x_t, t):
 #
 # averaged over x_0 and eps. The paper drops the factor in front and keeps the square (Eq. 14). That
 # may be done: at each t the best guess is the same whatever its weight, so weights only say where
-# to try hardest. With sigma_t^2 = beta_t (section 10 has another choice) it is 0.5 at t = 1, falls
-# to 0.005 at t = 349 and rises again to 0.01 at t = T. So Eq. 14 gives small t less weight than the
-# bound does (Ho, Section 3.4). For our guess this changes little: at small t the error is almost 0
+# to try hardest. With sigma_t^2 = beta_t the factor is 0.5 at t = 1, falls to 0.005 at t = 349 and
+# rises again to 0.01 at t = T. (Section 10 has another sigma_t^2, which is smaller only at small
+# t; there the factor is larger still.) So Eq. 14 gives small t less weight than the bound does (Ho,
+# Section 3.4). For our guess this changes little: at small t the error is almost 0
 # anyway, and between t = 200 and 700 the factor stays between 0.005 and 0.0072.
 
 
@@ -505,8 +508,9 @@ class EMA:
 
     Each step follows the gradient of one small batch, which is noisy; the average over many steps
     is less so. A decay of 0.9995 averages over about the last 1 / (1 - decay) = 2000 steps. Early
-    in training that would keep the random initial weights in the average. So at first it averages
-    over about the last ninth of the steps so far, and once this is more than 2000, over 2000.
+    in training such an average would still contain the random initial weights. So at first it
+    averages over about the last ninth of the steps so far, and once this is more than 2000, over
+    2000.
     """
 
     def __init__(self, model, decay=0.9995):
@@ -542,8 +546,9 @@ class EMA:
 #     - sqrt(alpha_bar_{t-1} / alpha_bar_t) beta_t / sqrt(1 - alpha_bar_t)
 #         = - (1 / sqrt(alpha_t)) beta_t / sqrt(1 - alpha_bar_t)
 #
-# and the factor of x_t, over the common denominator sqrt(alpha_t) (1 - alpha_bar_t), is
-# beta_t + alpha_t (1 - alpha_bar_{t-1}) = 1 - alpha_bar_t, so 1 / sqrt(alpha_t) remains. Together:
+# and the factor of x_t, over the common denominator sqrt(alpha_t) (1 - alpha_bar_t), has the
+# numerator beta_t + alpha_t (1 - alpha_bar_{t-1}) = 1 - alpha_bar_t, so 1 / sqrt(alpha_t) remains.
+# Together:
 #
 #     mu = (x_t - (beta_t / sqrt(1 - alpha_bar_t)) eps) / sqrt(alpha_t)               (Eq. 11)
 
@@ -585,11 +590,11 @@ def ddpm_step(schedule, x_t, t, eps, z):
 # ddpm_step again. The price of fewer steps: each guess is followed further before it is corrected.
 
 
-def ddim_step(schedule, x_t, t, s, x_0, eps, z, eta):
+def ddim_step(schedule, t, s, x_0, eps, z, eta):
     """Eq. 12 of DDIM: from x_t to x_s, 0 <= s < t <= T.
 
-    x_t, x_0, eps, z: float (B, 1, H, W): the picture, both guesses, fresh noise. t, s: int.
-    eta: 0 to 1. Returns x_s: (B, 1, H, W).
+    x_0, eps, z: float (B, 1, H, W): both guesses from x_t, and fresh noise. t, s: int. eta: 0 to 1.
+    Returns x_s: (B, 1, H, W).
     """
     var_t, var_s = schedule.one_minus_alpha_bar[t], schedule.one_minus_alpha_bar[s]
     ratio = schedule.alpha_bar[t] / schedule.alpha_bar[s]
@@ -599,9 +604,9 @@ def ddim_step(schedule, x_t, t, s, x_0, eps, z, eta):
 
 
 def timesteps(steps):
-    """The t to visit: `steps` integers from T down to 1, evenly spaced; then 0.
+    """The t to visit: `steps` integers from T down to 1, evenly spaced but for rounding; then 0.
 
-    With steps = T these are all t. Raises ValueError unless steps is in 1..T.
+    With steps = T these are all t, with one step only T. Raises ValueError unless steps is in 1..T.
     """
     if not 1 <= steps <= T:
         raise ValueError(f"steps must be between 1 and {T}, got {steps}")
@@ -613,7 +618,8 @@ def reverse_process(model, schedule, x_T, steps=T, eta=1.0, generator=None):
     """Walks from noise to pictures and yields every stop on the way.
 
     x_T: standard normal float (B, 1, 32, 32). steps: 1..T. eta: 0 to 1. With steps = T and
-    eta = 1 this is Algorithm 2, otherwise DDIM. generator: draws z, on the CPU, so that a seed
+    eta = 1 this is Algorithm 2, otherwise DDIM (which is the same in a step from t to t - 1 at eta
+    = 1). generator: draws z, on the CPU, so that a seed
     means the same z on every device. Yields (t, x_t, guess of x_0 from x_t), t falling from T; at
     the end (0, x_0, x_0). Raises ValueError, on the first next(), as timesteps does.
     """
@@ -627,7 +633,7 @@ def reverse_process(model, schedule, x_T, steps=T, eta=1.0, generator=None):
         if s == t - 1 and eta == 1:
             x = ddpm_step(schedule, x, t, eps, z)
         else:
-            x = ddim_step(schedule, x, t, s, x_0, eps, z, eta)
+            x = ddim_step(schedule, t, s, x_0, eps, z, eta)
     yield 0, x, x
 
 
@@ -701,18 +707,18 @@ def load(path):
 
 # ==== 12. What to change for something else =======================================================
 #
-# 64x64 pictures: SIZE in shapes.py, and one more level in UNet (`channels`, both `pairs`, and the
-#   names and zeros in `table`). With more pixels every decision moves to a larger t: shift FOCUS.
-# Colour: 3 channels into `stem`, 3 out of `out`, and pictures (B, 3, 32, 32) everywhere.
+# 64x64 pictures: SIZE in shapes.py, and one more level in UNet (`channels` and what is made of
+#   it, and the names and the input in `table`). With more pixels every decision moves to a larger t: shift FOCUS.
 # Grey or coloured values, not only -1 and +1: no tanh. Let the network return
 #   v = signal eps - noise x_0; then x_0 = signal x_t - noise v, which magnifies no error (Salimans
-#   & Ho 2022, arXiv 2202.00512). That is the last line of guess_x_0; clip the samples to [-1, 1].
+#   & Ho 2022, arXiv 2202.00512). That becomes the last line of guess_x_0; clip the samples to
+#   [-1, 1]. Colour: also 3 channels into `stem`, 3 out of `out`, pictures (B, 3, 32, 32) everywhere.
 # Another schedule: `beta` in Schedule. For the cosine schedule of Nichol & Dhariwal 2021 (arXiv
 #   2102.09672, Eq. 17) alpha_bar_t = f(t) / f(0), f(t) = cos((t / T + 0.008) / 1.008 * pi / 2)^2;
 #   beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.999. FOCUS should then cover the same
 #   signal-to-noise ratios as before.
 # "A triangle, please": class conditioning. A vector for each kind, nn.Embedding(4 + 1, time_dim),
-#   is added to `time` in UNet.forward; make_dataset returns the kind, and every call on the way to
+#   is added to `time` in UNet.forward; make_dataset must return the kind, and every call on the way to
 #   the network passes it on. In a tenth of the steps train with the fifth vector, "any kind". In
 #   sampling run the network twice and use b_any + w (b_kind - b_any) with w > 1, which exaggerates
 #   what the kind changes: classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).

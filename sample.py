@@ -143,28 +143,24 @@ def save_explained(path, x):
     figure.savefig(path, dpi=100)
 
 
-def print_score(x, run, untrained):
-    """Prints the score of x, (n, 1, 32, 32), beside real pictures, an untrained network and noise.
+def print_score(x, run):
+    """Prints the score of x, (n, 1, 32, 32), beside that of real pictures and of noise.
 
-    run: the flags of the training, from the checkpoint. untrained: pictures like x.
+    run: the flags of the training, from the checkpoint.
     """
     training = shapes.make_dataset(run["samples"], run["seed"])
     rows = {
         "these samples": x,
         "held-out real pictures": shapes.to_model(shapes.make_dataset(len(x), [run["seed"], 2])),
-        "an untrained network": untrained,
         "pure noise": np.random.default_rng(0).uniform(-1, 1, x.shape),
     }
-    shares = ("right", "right shapes", "decided", "copies", "distinct")
-    print(
-        f"{'':<24}"
-        + "".join(f"{name:>13}" for name in shares)
-        + "   circ rect  tri line    1    2    3"
-    )
+    shares = ("right", "right shapes", "copies", "distinct")
+    head = "".join(f"{name:>13}" for name in shares)
+    print(f"{'':<22}{head}   circ rect  tri line    1    2    3")
     for name, pictures in rows.items():
         s = shapes.score(np.clip(np.asarray(pictures), -1, 1), training)
         counts = "".join(f"{count:>5}" for count in [*s["kinds"], *s["shapes"]])
-        print(f"{name:<24}" + "".join(f"{s[share]:>13.1%}" for share in shares) + f"  {counts}")
+        print(f"{name:<22}" + "".join(f"{s[share]:>13.1%}" for share in shares) + f"  {counts}")
 
 
 @torch.no_grad()
@@ -173,7 +169,7 @@ def print_loss_by_t(model, schedule, run):
     x_0 = torch.from_numpy(shapes.to_model(shapes.make_dataset(256, [run["seed"], 2])))
     x_0 = x_0.to(schedule.beta.device)
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0.device)
-    times, losses = (50, 100, 200, 300, 400, 500, 600, 800, 1000), []
+    times, losses = (100, 200, 300, 400, 500, 600, 700, 800, 1000), []
     for now in times:
         t = torch.full((len(x_0),), now, device=x_0.device)
         losses.append(ddpm.loss_fn(model, schedule, x_0, t, eps).item())
@@ -281,8 +277,7 @@ def main():
         walk = draw(model, schedule, n, args.steps, args.seed, every=what == "process")
         x = walk[-1][1]  # (n, 1, 32, 32)
         if what == "score":
-            new = ddpm.UNet().requires_grad_(False).to(device)
-            print_score(x, state["run"], draw(new, schedule, n, 20, args.seed)[-1][1])
+            print_score(x, state["run"])
             print_loss_by_t(model, schedule, state["run"])
             return
         if what == "process":

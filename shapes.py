@@ -218,10 +218,9 @@ def score(x, training=()):
 
     x: float (n, 1, 32, 32) in [-1, 1]. training: uint8 (m, 32, 32), what was trained on. Returns
     shares: "right" pictures, which hold one to three legal shapes and nothing else; "right shapes",
-    of all blobs; "decided" pixels, within 0.1 of -1 or +1; "copies" of training pictures or their
-    mirror images; "distinct" pictures. And counts in right pictures: "kinds", int (4,), in the
-    order of KINDS; "shapes", int (3,), how many pictures have 1, 2 and 3. Raises ValueError for
-    another size, other values or no pictures.
+    of all blobs; "copies" of training pictures or their mirror images; "distinct" pictures. And
+    counts in right pictures: "kinds", int (4,), in the order of KINDS; "shapes", int (3,), how many
+    pictures have 1, 2 and 3. Raises ValueError for another size, other values or no pictures.
     """
     x = np.asarray(x, dtype=np.float32)
     if x.ndim != 4 or x.shape[1:] != (1, SIZE, SIZE) or len(x) == 0:
@@ -236,7 +235,6 @@ def score(x, training=()):
     return {
         "right": len(legal) / len(found),
         "right shapes": np.mean([kind is not None for kind in blobs]) if blobs else 0.0,
-        "decided": (np.abs(np.abs(x) - 1) < 0.1).mean(),
         "copies": np.mean([any(m.tobytes() in known for m in mirror_images(p)) for p in pictures]),
         "distinct": len({p.tobytes() for p in pictures}) / len(pictures),
         "kinds": np.array([sum(kinds.count(kind) for kinds in legal) for kind in KINDS]),
@@ -256,12 +254,12 @@ def save_labelled_grid(path, pictures):
 
 def save_catalogue(path):
     """Saves all masks of the catalogue side by side, each in the middle of its cell."""
-    cells = np.zeros((len(KIND_OF), 24, 24))
+    cells = np.zeros((len(KIND_OF), SIZE, SIZE))
     for cell, mask in zip(cells, (mask for masks in CATALOGUE.values() for mask in masks)):
         h, w = mask.shape
-        y, x = (24 - h) // 2, (24 - w) // 2
+        y, x = (SIZE - h) // 2, (SIZE - w) // 2
         cell[y : y + h, x : x + w] = mask
-    save_picture(path, tile(cells, columns=24, scale=1))
+    save_picture(path, tile(cells, columns=14, scale=2))
 
 
 if __name__ == "__main__":

@@ -707,21 +707,23 @@ def load(path):
 
 # ==== 12. What to change for something else =======================================================
 #
-# 64x64 pictures: SIZE in shapes.py, and one more level in UNet (`channels` and what is made of
-#   it, and the names and the input in `table`). With more pixels every decision moves to a larger t: shift FOCUS.
+# 64x64 pictures: SIZE in shapes.py, and one more level in UNet (`channels` and what is made of it,
+#   and the names and the input in `table`). With more pixels every decision moves to a larger t:
+#   shift FOCUS.
 # Grey or coloured values, not only -1 and +1: no tanh. Let the network return
 #   v = signal eps - noise x_0; then x_0 = signal x_t - noise v, which magnifies no error (Salimans
 #   & Ho 2022, arXiv 2202.00512). That becomes the last line of guess_x_0; clip the samples to
-#   [-1, 1]. Colour: also 3 channels into `stem`, 3 out of `out`, pictures (B, 3, 32, 32) everywhere.
+#   [-1, 1]. Colour: also 3 channels into `stem`, 3 out of `out`, and pictures (B, 3, 32, 32).
 # Another schedule: `beta` in Schedule. For the cosine schedule of Nichol & Dhariwal 2021 (arXiv
 #   2102.09672, Eq. 17) alpha_bar_t = f(t) / f(0), f(t) = cos((t / T + 0.008) / 1.008 * pi / 2)^2;
 #   beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.999. FOCUS should then cover the same
 #   signal-to-noise ratios as before.
 # "A triangle, please": class conditioning. A vector for each kind, nn.Embedding(4 + 1, time_dim),
-#   is added to `time` in UNet.forward; make_dataset must return the kind, and every call on the way to
-#   the network passes it on. In a tenth of the steps train with the fifth vector, "any kind". In
-#   sampling run the network twice and use b_any + w (b_kind - b_any) with w > 1, which exaggerates
-#   what the kind changes: classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).
+#   is added to `time` in UNet.forward. make_dataset must return the kind, and every call on the way
+#   to the network must pass it on. In a tenth of the steps train with the fifth vector, "any kind".
+#   In sampling run the network twice and use b_any + w (b_kind - b_any) with w > 1, which
+#   exaggerates what the kind changes: classifier-free guidance (Ho & Salimans 2022, arXiv
+#   2207.12598).
 
 # ==== 13. Look at it: python ddpm.py ==============================================================
 

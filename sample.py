@@ -12,7 +12,6 @@ python sample.py --inside           what the U-Net and its attention do: inside.
 import argparse
 import math
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +37,7 @@ DRAWN = {
     "curve": ("steps.png", 200, 2000),
     "inside": ("inside.png", 1, 1),
 }
-STRIP = (1000, 900, 800, 700, 600, 500, 400, 300, 200, 100, 50, 0)  # the t of --process
-GIF_FRAMES = 50
+STRIP, GIF_FRAMES = 12, 50  # how many stops of the walk --process shows
 CURVE = (5, 10, 20, 50, 100, 200)  # the numbers of steps of --curve
 INSIDE = 300  # the t of --inside: the picture is there, but hard to see
 COLOURS = {"circle": "orange", "rectangle": "deepskyblue", "triangle": "limegreen"}
@@ -60,10 +58,7 @@ def parser():
         name = names[0][2:]
         what.add_argument(*names, dest="what", action="store_const", const=name, help=text)
     p.add_argument(
-        "--checkpoint",
-        metavar="PATH",
-        help=f"default: {TRAINED} if it is there, else "
-        "the weights that come along, assets/pretrained.pt",
+        "--checkpoint", metavar="PATH", help="default: the first of best.pt, pretrained.pt"
     )
     p.add_argument("--output", metavar="PATH", help="a .png; default: a name for each picture")
     p.add_argument("--n", type=int, help="how many pictures")
@@ -81,12 +76,11 @@ def draw(model, schedule, n, steps, seed, eta=1.0, every=False):
     device = schedule.beta.device
     generator = torch.Generator().manual_seed(seed)
     x_T = torch.randn(n, 1, shapes.SIZE, shapes.SIZE, generator=generator).to(device)
-    walk, start = [], time.perf_counter()
+    walk = []
     process = ddpm.reverse_process(model, schedule, x_T, steps, eta, generator)
     for t, x_t, x_0 in tqdm(process, total=steps + 1, unit="step"):
         if every or t == 0:
             walk.append((t, x_t.cpu(), x_0.cpu()))
-    print(f"{n} pictures in {time.perf_counter() - start:.1f} seconds")
     return walk
 
 
@@ -95,9 +89,7 @@ def save_process(path, walk):
 
     walk: list of (t, x_t, x_0) as ddpm.reverse_process yields them.
     """
-    times = [t for t, _, _ in walk]
-    nearest = {min(range(len(times)), key=lambda i: abs(times[i] - t)) for t in STRIP}
-    frames = [walk[i] for i in sorted(nearest)]
+    frames = [walk[i] for i in sorted({*np.linspace(0, len(walk) - 1, STRIP).astype(int)})]
     n = len(frames[0][1])
     figure = Figure(figsize=(len(frames), 2.1 * n + 0.3), layout="constrained")
     grid = figure.subplots(2 * n, len(frames), squeeze=False)
@@ -158,7 +150,7 @@ def print_score(x, run):
     head = "".join(f"{name:>13}" for name in shares)
     print(f"{'':<22}{head}   circ rect  tri line    1    2    3")
     for name, pictures in rows.items():
-        s = shapes.score(np.clip(np.asarray(pictures), -1, 1), training)
+        s = shapes.score(pictures, training)
         counts = "".join(f"{count:>5}" for count in [*s["kinds"], *s["shapes"]])
         print(f"{name:<22}" + "".join(f"{s[share]:>13.1%}" for share in shares) + f"  {counts}")
 
@@ -188,7 +180,7 @@ def save_steps_curve(path, model, schedule, n, seed):
         shares = []
         for steps in CURVE:
             x = draw(model, schedule, n, steps, seed, eta)[-1][1]
-            shares.append(shapes.score(x.clamp(-1, 1))["right"])
+            shares.append(shapes.score(x)["right"])
             print(f"{steps} steps, eta = {eta:g}: {shares[-1]:.1%} of {n} right")
         axes.plot(CURVE, shares, "o-", label=f"$\\eta$ = {eta:g}")
     axes.set(xlabel="steps", ylabel="share of right pictures", xscale="log", ylim=(0, 1))
@@ -202,8 +194,8 @@ def save_steps_curve(path, model, schedule, n, seed):
 def save_inside(path, model, schedule, seed):
     """Draws one pass through the network: what leaves each level, and where attention looks.
 
-    The picture is one of the data, noised. Of the many channels of a level the two are shown that
-    differ most from pixel to pixel. Each panel has its own grey scale.
+    The picture is one of the data, noised. Of each level it shows the two channels that vary most
+    from pixel to pixel. Each panel has its own grey scale.
     """
     levels = [*model.down, model.middle, *model.up]
     seen = {}  # what each level and each softmax returned
@@ -232,7 +224,7 @@ def save_inside(path, model, schedule, seed):
             axes.imshow(picture.numpy(), cmap="gray")
             axes.set(xticks=[], yticks=[])
 
-    # Attention from one white pixel, the middle one in the list of all: its weights.
+    # The attention weights of one white pixel, the middle one in reading order.
     white = (x_0[0, 0] > 0).nonzero()  # (number of white pixels, 2)
     y, x = white[len(white) // 2].tolist()
     panels = bottom.subplots(1, len(levels) - 2)

@@ -4,7 +4,7 @@
 
 Nothing is downloaded. Why drawn shapes and not photographs? Because here "right" can be checked
 exactly. Whether a generated face is a good face is a matter of opinion. Whether a generated
-circle is a circle is not: it is in the catalogue, pixel for pixel, or it is not.
+circle is a circle can be checked: it is in the catalogue, pixel for pixel, or it is not.
 """
 
 import math
@@ -83,10 +83,10 @@ CATALOGUE = make_catalogue()
 KIND_OF = {key(mask): kind for kind in KINDS for mask in CATALOGUE[kind]}
 
 # ==== 2. The data set =============================================================================
-# The task is made clear, for the model and the score:
+# Five rules make the task clear, for the model and the score:
 # - Shapes lie on a grid of 4 pixels. Four pixels of an upright edge then say the same, and an edge
 #   that is off by one pixel is always wrong.
-# - No shape is small: 52 pixels at least. What is small would be decided last, in the least noise.
+# - No shape is small: 52 pixels at least. Small shapes are hidden longest by the noise.
 # - Lines may be as long as the picture. (When 24 pixels were the limit, a third of all wrong forms
 #   were longer lines.)
 # - Shapes keep apart. If they could touch, a picture could be read in more than one way: an L is
@@ -128,7 +128,7 @@ def make_dataset(n, seed):
     for i in range(n):
         number = 1 + rng.binomial(MAX_SHAPES - 1, 0.5)
         kinds = [KINDS[k] for k in rng.integers(len(KINDS), size=number)]
-        # No room: again with the same kinds. With new ones, small shapes would win.
+        # No room: again with the same kinds. With new ones, kinds that need little room would win.
         while (picture := draw_picture(kinds, rng)) is None:
             pass
         pictures[i] = picture
@@ -141,8 +141,8 @@ def make_dataset(n, seed):
 def to_model(pictures):
     """0/1 pictures (n, 32, 32) -> float32 (n, 1, 32, 32), background -1 and shape +1.
 
-    Sampling starts from noise of mean 0 and variance 1. Data on the same scale, around the same
-    mean, lets the network see inputs of one size at every t (Ho et al. 2020, Section 3.3).
+    The mean square of a pixel is 1 then, as in the noise, and so it is in every mixture of the two:
+    the network sees inputs of one size at every t (Ho et al. 2020, Section 3.3).
     """
     return np.asarray(pictures, dtype=np.float32)[:, None] * 2 - 1
 
@@ -177,7 +177,7 @@ def save_picture(path, picture):
 
 
 def find_blobs(picture):
-    """The connected sets of pixels, corners connect: bool (32, 32) -> list of (32, 32)."""
+    """The connected sets of pixels, also across corners: bool (32, 32) -> list of (32, 32)."""
     left = {(y, x) for y, x in np.argwhere(picture).tolist()}
     blobs = []
     while left:
@@ -216,17 +216,15 @@ def explain(picture):
 def score(x, training=()):
     """What a batch of generated pictures is like, in numbers.
 
-    x: float (n, 1, 32, 32) in [-1, 1]. training: uint8 (m, 32, 32), what was trained on. Returns
-    shares: "right" pictures, which hold one to three legal shapes and nothing else; "right shapes",
-    of all blobs; "copies" of training pictures or their mirror images; "distinct" pictures. And
-    counts in right pictures: "kinds", int (4,), in the order of KINDS; "shapes", int (3,), how many
-    pictures have 1, 2 and 3. Raises ValueError for another size, other values or no pictures.
+    x: float (n, 1, 32, 32); above 0 is shape. training: uint8 (m, 32, 32), what was trained on.
+    Returns shares: "right" pictures, which hold one to three legal shapes and nothing else; "right
+    shapes", of all blobs; "copies" of training pictures or their mirror images; "distinct"
+    pictures. And counts in right pictures: "kinds", int (4,), in the order of KINDS; "shapes", int
+    (3,), how many pictures have 1, 2 and 3. Raises ValueError for another size or no pictures.
     """
     x = np.asarray(x, dtype=np.float32)
     if x.ndim != 4 or x.shape[1:] != (1, SIZE, SIZE) or len(x) == 0:
         raise ValueError(f"expected pictures (n, 1, {SIZE}, {SIZE}), got {x.shape}")
-    if not np.isfinite(x).all() or np.abs(x).max() > 1:
-        raise ValueError("expected finite values in [-1, 1]")
     pictures = (x[:, 0] > 0).astype(np.uint8)  # (n, 32, 32)
     found = [[kind for kind, _ in explain(picture)] for picture in pictures]
     blobs = [kind for kinds in found for kind in kinds]

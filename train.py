@@ -1,8 +1,9 @@
 """Trains the diffusion model: python train.py, on CUDA, on MPS or on a CPU.
 
 After every epoch it writes checkpoints/latest.pt (all that --resume needs), checkpoints/best.pt if
-the validation loss is the lowest so far (what sample.py needs) and loss.png; every five epochs a
-grid of samples. TensorBoard shows the same: tensorboard --logdir logs. Ctrl-C is safe at any time.
+the validation loss is the lowest so far (what sample.py needs) and loss.png; every five epochs, and
+after the last, a grid of samples. TensorBoard shows the same: tensorboard --logdir logs. Ctrl-C is
+safe at any time.
 """
 
 import argparse
@@ -59,8 +60,8 @@ def parse(argv):
     if args.resume:
         latest = Path(args.checkpoints) / "latest.pt"
         saved, _ = ddpm.load(latest)
-        if "optimizers" not in saved:
-            flags.error(f"{latest} holds weights for sampling, it cannot be resumed")
+        if "optimizers" not in saved or set(saved["run"]) != set(RUN):
+            flags.error(f"{latest} holds no run of this program that can be resumed")
         flags.set_defaults(**saved["run"])
         args = flags.parse_args(argv)
         for flag in RUN[1:]:
@@ -100,8 +101,8 @@ class Muon(torch.optim.Optimizer):
 
     The gradient of a matrix is large in a few directions and small in most. Adam scales each
     number on its own, which mostly keeps it so. Muon moves about equally far in all directions.
-    lr is how far a step moves a weight, as the root mean square over its matrix. (torch.optim.Muon
-    takes no convolutions, and computes in bfloat16 even where that is slow.)
+    lr is the size of a step: about the root mean square of what it adds to a matrix.
+    (torch.optim.Muon takes no convolutions, and computes in bfloat16 even where that is slow.)
     """
 
     def __init__(self, matrices, lr, momentum=0.95):
@@ -125,8 +126,8 @@ class Muon(torch.optim.Optimizer):
             alike.setdefault(x.shape, []).append((p, x.flatten(1)))
         for shape, pairs in alike.items():
             for (p, _), x in zip(pairs, orthogonal(torch.stack([x for _, x in pairs]))):
-                # k columns share a row of length 1: each number is about 1 / sqrt(k). Undone, one
-                # lr fits matrices of all shapes (Liu et al. 2025, arXiv 2502.16982).
+                # A row of length 1 has k numbers, each about 1 / sqrt(k). Times sqrt(k) they are
+                # about 1 in every matrix, so one lr fits all (Liu et al. 2025, arXiv 2502.16982).
                 lr = group["lr"] * math.sqrt(x.shape[1])
                 x = x.view(shape)
                 p.add_(x.transpose(0, 1) if len(p) > p.shape[1] else x, alpha=-lr)
@@ -282,7 +283,7 @@ def train(argv=None, name=None, after_epoch=lambda: None):
                 bar.set_postfix_str(f"drawing {GRID} samples")
                 z_generator = torch.Generator().manual_seed(0)
                 x = ddpm.sample(ema.model, schedule, x_T, GRID_STEPS, generator=z_generator)
-                x = x.clamp(-1, 1).cpu()  # (GRID, 1, 32, 32)
+                x = x.cpu()  # (GRID, 1, 32, 32)
                 grid = shapes.tile(shapes.from_model(x), columns=16)
                 shapes.save_picture(folder / f"samples_{epoch:04d}.png", grid)
                 writer.add_image("samples", grid[None], step)

@@ -447,8 +447,8 @@ def guess_x_0(model, schedule, x_t, t):
 # to try hardest. With sigma_t^2 = beta_t the factor is 0.5 at t = 1, falls to 0.005 at t = 349 and
 # rises again to 0.01 at t = T. (Section 10 has another sigma_t^2, which is smaller only at small
 # t; there the factor is larger still.) So Eq. 14 gives small t less weight than the bound does (Ho,
-# Section 3.4). For our guess this changes little: at small t the error is almost 0
-# anyway, and between t = 200 and 700 the factor stays between 0.005 and 0.0072.
+# Section 3.4). For our guess this changes little: at small t the error is almost 0 anyway, and
+# between t = 200 and 700 the factor stays between 0.005 and 0.0072.
 
 
 def loss_fn(model, schedule, x_0, t, eps):
@@ -617,11 +617,11 @@ def timesteps(steps):
 def reverse_process(model, schedule, x_T, steps=T, eta=1.0, generator=None):
     """Walks from noise to pictures and yields every stop on the way.
 
-    x_T: standard normal float (B, 1, 32, 32). steps: 1..T. eta: 0 to 1. With steps = T and
-    eta = 1 this is Algorithm 2, otherwise DDIM (which is the same in a step from t to t - 1 at eta
-    = 1). generator: draws z, on the CPU, so that a seed
-    means the same z on every device. Yields (t, x_t, guess of x_0 from x_t), t falling from T; at
-    the end (0, x_0, x_0). Raises ValueError, on the first next(), as timesteps does.
+    x_T: standard normal float (B, 1, 32, 32). steps: 1..T. eta: 0 to 1. With steps = T and eta = 1
+    this is Algorithm 2, otherwise DDIM (which is the same in a step from t to t - 1 at eta = 1).
+    generator: draws z, on the CPU, so that a seed means the same z on every device. Yields (t, x_t,
+    guess of x_0 from x_t), t falling from T; at the end (0, x_0, x_0). Raises ValueError, on the
+    first next(), as timesteps does.
     """
     x = x_T
     for t, s in pairwise(timesteps(steps)):

@@ -34,8 +34,12 @@ SCHEDULE = ddpm.Schedule()
 SMALL = ((8, 8, 8), 16, 8, 16)  # the arguments of a small UNet
 
 
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=seeded(seed))
 
 
 def awake(model):
@@ -234,7 +238,7 @@ def test_schedule_against_a_plain_loop():
 def test_one_jump_equals_a_thousand_steps():
     """Catches: a wrong q(x_t | x_0). Eq. 2 is applied step by step, Eq. 4 is not used."""
     mean, variance = 1.0, 0.0  # of x_t for x_0 = 1, by the rules for sums of Gaussians
-    x, generator = torch.full((20_000,), 0.7), torch.Generator().manual_seed(0)
+    x, generator = torch.full((20_000,), 0.7), seeded(0)
     for t in range(1, T + 1):
         beta = 1e-4 + (0.02 - 1e-4) * (t - 1) / (T - 1)
         mean, variance = math.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
@@ -387,10 +391,6 @@ def any_model(x, t):
     return x.tanh() + 0.3 * x.roll(1, 3) + (t / 300).sin()[:, None, None, None]
 
 
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
 def x_0_of(x_t, t, eps):
     """Eq. 4 solved for x_0, in float64."""
     a = np.cumprod(1 - np.linspace(1e-4, 0.02, T))[t - 1]
@@ -425,8 +425,7 @@ def test_ddim_at_eta_1_is_algorithm_2():
         assert torch.allclose(one, two, atol=2e-4), t
     x_T = noise(2, 1, 32, 32)
     one, two, other = (
-        ddpm.sample(any_model, SCHEDULE, x_T, T, eta, torch.Generator().manual_seed(3))
-        for eta in (1, 1 - 1e-6, 0.5)
+        ddpm.sample(any_model, SCHEDULE, x_T, T, eta, seeded(3)) for eta in (1, 1 - 1e-6, 0.5)
     )
     assert torch.allclose(one, two, atol=1e-2) and not torch.allclose(one, other, atol=1e-2)
 
@@ -517,7 +516,7 @@ def test_the_guess_of_eps_against_bayes():
     a = torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, T)))[t - 1]
     a = a.view(-1, 1, 1, 1)
     x_t = a.sqrt() * x_0 + (1 - a).sqrt() * eps
-    p = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(2)).double()
+    p = torch.rand(4, 1, 32, 32, generator=seeded(2)).double()
     plus = p.log() - (x_t - a.sqrt()) ** 2 / (2 * (1 - a))
     minus = (1 - p).log() - (x_t + a.sqrt()) ** 2 / (2 * (1 - a))
     mean = 2 * torch.softmax(torch.stack([plus, minus]), 0)[0] - 1
@@ -571,7 +570,7 @@ def test_a_small_network_learns_a_few_pictures_by_heart():
 
 def test_times_are_drawn_from_1_to_T_and_mostly_where_the_picture_is_decided():
     """Catches: t drawn from 0..T-1 or 1..T-1: sampling would start where nobody trained."""
-    t = ddpm.draw_t(200_000, torch.Generator().manual_seed(0))
+    t = ddpm.draw_t(200_000, seeded(0))
     count = torch.bincount(t, minlength=T + 1)
     low, high = ddpm.FOCUS
     assert len(count) == T + 1 and count[0] == 0 and count[1:].min() > 0
@@ -583,13 +582,18 @@ def test_times_are_drawn_from_1_to_T_and_mostly_where_the_picture_is_decided():
 
 def test_each_training_step_draws_new_times_and_new_noise(monkeypatch):
     """Catches: the same t or noise again and again; noise that is not standard normal."""
-    seen, generator = set(), torch.Generator().manual_seed(0)
-    spy = lambda model, schedule, x_0, t, eps: seen.update([t, eps.flatten()])
+    times, noises, generator = [], [], seeded(0)
+
+    def spy(model, schedule, x_0, t, eps):
+        times.append(t)
+        noises.append(eps)
+
     monkeypatch.setattr(ddpm, "loss_fn", spy)
     for _ in range(50):
         ddpm.training_loss(None, SCHEDULE, noise(3, 1, 32, 32).sign(), generator)
-    assert len({tuple(x.tolist()) for x in seen}) == 100
-    eps = torch.cat([x for x in seen if len(x) > 3])
+    assert len({tuple(t.tolist()) for t in times}) == 50
+    assert len({tuple(eps.flatten().tolist()) for eps in noises}) == 50
+    eps = torch.cat(noises)
     assert abs(eps.mean()) < 0.02 and abs(eps.std() - 1) < 0.02
 
 
@@ -672,7 +676,7 @@ def test_mirror_gives_all_eight_mirror_images_alike():
     for k in range(4):
         for turned in (picture.rot90(k, (2, 3)), picture.flip(3).rot90(k, (2, 3))):
             eight[turned.contiguous().numpy().tobytes()] = 0
-    x = train.mirror(picture.expand(4000, -1, -1, -1), torch.Generator().manual_seed(0))
+    x = train.mirror(picture.expand(4000, -1, -1, -1), seeded(0))
     assert x.shape == (4000, 1, 32, 32)
     for y in x:
         eight[y.contiguous().numpy().tobytes()] += 1
@@ -889,7 +893,8 @@ def test_the_other_scripts_run(tmp_path, monkeypatch, capsys):
 
 def test_stopped_at_any_moment_the_last_epoch_is_kept(tmp_path):
     """Catches: a traceback on Ctrl-C, a checkpoint written in place, a run that cannot go on."""
-    latest, flags, epoch = tmp_path / "checkpoints/latest.pt", ["--samples=64", "--epochs=99"], 0
+    latest, flags = tmp_path / "checkpoints/latest.pt", ["--samples=64", "--epochs=99"]
+    epochs = [0]
     for how in (signal.SIGKILL, signal.SIGINT):
         process = subprocess.Popen(
             [sys.executable, HERE / "train.py", "--device=cpu", *flags],
@@ -908,8 +913,8 @@ def test_stopped_at_any_moment_the_last_epoch_is_kept(tmp_path):
             time.sleep(0.0005)
         process.send_signal(how)
         out, err = process.communicate(timeout=60)
-        assert ddpm.load(latest)[0]["epoch"] > epoch
-        epoch = ddpm.load(latest)[0]["epoch"]
+        epochs.append(ddpm.load(latest)[0]["epoch"])
+        assert epochs[-1] > epochs[-2]
         ddpm.load(latest.with_name("best.pt"))
         flags = ["--resume"]
         for half in latest.parent.glob("*.tmp"):  # a killed program may leave one

@@ -125,10 +125,10 @@ class Muon(torch.optim.Optimizer):
                 x = x.transpose(0, 1)  # (c_in, c_out, ...)
             alike.setdefault(x.shape, []).append((p, x.flatten(1)))
         for shape, pairs in alike.items():
+            # A row of length 1 has k numbers, each about 1 / sqrt(k). Times sqrt(k) they are about
+            # 1 in every matrix, so one lr fits all (Liu et al. 2025, arXiv 2502.16982).
+            lr = group["lr"] * math.sqrt(math.prod(shape[1:]))
             for (p, _), x in zip(pairs, orthogonal(torch.stack([x for _, x in pairs]))):
-                # A row of length 1 has k numbers, each about 1 / sqrt(k). Times sqrt(k) they are
-                # about 1 in every matrix, so one lr fits all (Liu et al. 2025, arXiv 2502.16982).
-                lr = group["lr"] * math.sqrt(x.shape[1])
                 x = x.view(shape)
                 p.add_(x.transpose(0, 1) if len(p) > p.shape[1] else x, alpha=-lr)
 
@@ -282,8 +282,7 @@ def train(argv=None, name=None, after_epoch=lambda: None):
             if epoch % SAMPLE_EVERY == 0 or epoch == args.epochs:
                 bar.set_postfix_str(f"drawing {GRID} samples")
                 z_generator = torch.Generator().manual_seed(0)
-                x = ddpm.sample(ema.model, schedule, x_T, GRID_STEPS, generator=z_generator)
-                x = x.cpu()  # (GRID, 1, 32, 32)
+                x = ddpm.sample(ema.model, schedule, x_T, GRID_STEPS, generator=z_generator).cpu()
                 grid = shapes.tile(shapes.from_model(x), columns=16)
                 shapes.save_picture(folder / f"samples_{epoch:04d}.png", grid)
                 writer.add_image("samples", grid[None], step)

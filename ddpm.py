@@ -337,7 +337,7 @@ class UNet(nn.Module):
     32, of 32.
     """
 
-    def __init__(self, channels=(16, 64, 128), bottleneck=512, narrow=64, time_dim=128):
+    def __init__(self, channels=(16, 32, 128), bottleneck=512, narrow=64, time_dim=128):
         super().__init__()
         self.config = {"channels": tuple(channels), "bottleneck": bottleneck}
         self.config |= {"narrow": narrow, "time_dim": time_dim}
@@ -348,7 +348,7 @@ class UNet(nn.Module):
         pairs = [(c1, c1), (c1, c2), (c2, c3)]
         self.down = nn.ModuleList([ResBlock(a, b, time_dim) for a, b in pairs])
         self.middle = Middle(c3, bottleneck, narrow, time_dim)
-        levels = [(bottleneck, c3, 2), (c3, c2, 1), (c2, c1, 1)]  # two blocks at 8x8
+        levels = [(bottleneck, c3, 4), (c3, c2, 1), (c2, c1, 1)]  # four blocks at 8x8
         self.up = nn.ModuleList([Up(a, b, time_dim, blocks) for a, b, blocks in levels])
         self.norm = Norm(c1)
         self.out = zero(nn.Conv2d(c1, 1, 3, padding=1))

@@ -28,7 +28,7 @@ WARMUP = 100  # steps in which the rates rise: the first gradients mislead
 DECAY_FROM = 1000  # steps after which the rates fall as 1 / sqrt(step), however long the run is
 CLIP = 1.0  # the largest norm of a gradient, all weights together
 SAMPLE_EVERY = 5  # epochs between two grids of samples
-GRID, GRID_STEPS = 64, 50  # pictures of a grid, and the sampling steps for it
+GRID, GRID_STEPS = 64, 20  # pictures of a grid, and the sampling steps for it
 HELD_OUT = 512  # pictures for the validation loss
 
 

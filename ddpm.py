@@ -55,10 +55,10 @@ T = 1000
 
 
 class Schedule:
-    """beta; alpha, which is 1 - beta; alpha_bar, the product of all alphas up to t.
+    """beta; alpha = 1 - beta; alpha_bar, the product of all alphas up to t; one_minus_alpha_bar.
 
-    All are float32 (T + 1,), indexed by the paper's t (Ho, Section 2), as is one_minus_alpha_bar:
-    beta[1] belongs to the first step, beta[T] to the last, alpha_bar[0] = 1 to the clean picture.
+    All four are float32 (T + 1,), indexed by the paper's t (Ho, Section 2): beta[1] belongs to the
+    first step, beta[T] to the last, alpha_bar[0] = 1 to the clean picture.
     """
 
     def __init__(self, device="cpu"):
@@ -136,11 +136,12 @@ def predict_eps(schedule, x_t, t, x_0):
 # ==== 3. Telling the network the time =============================================================
 #
 # One network serves all t, so it must know t: a pattern of bright specks is noise at t = 900 and
-# part of the picture at t = 5. A single input number t would be hard to use: a layer can only
-# scale it, and neighbouring t would stay almost equal. Instead t is encoded by sines and cosines of
-# many frequencies (Vaswani et al. 2017, Section 3.5). High frequencies tell t from t + 1, low
-# frequencies tell early from late. The frequencies form a geometric series, each a fixed factor
-# below the one before, so that differences of about 1, 10, 100 and 1000 steps get equally many.
+# part of the picture at t = 5. A single input number t would be hard to use: a layer can
+# only scale and shift it, so neighbouring t give almost the same. Instead t is encoded by sines and
+# cosines of many frequencies (Vaswani et al. 2017, "Attention is all you need", Section 3.5). High
+# frequencies tell t from t + 1, low frequencies tell early from late. The frequencies form a
+# geometric series, each a fixed factor below the one before. So as many of them tell times apart
+# that differ by 1 to 10 steps as times that differ by 10 to 100, or by 100 to 1000.
 
 
 def time_embedding(t, dim):
@@ -159,8 +160,8 @@ class Norm(nn.GroupNorm):
     """Normalises 8 channels at a time to mean 0 and variance 1, then scales and shifts (learned).
 
     The statistics are taken over one picture, not over the batch as in BatchNorm: a training
-    batch mixes all t, but in sampling all pictures have the same t, so that batch statistics of
-    training would not fit. (B, C, H, W) -> (B, C, H, W).
+    batch mixes all t, but in sampling all pictures have the same t, and have other statistics than
+    such a batch. (B, C, H, W) -> (B, C, H, W).
     """
 
     def __init__(self, channels):
@@ -181,9 +182,9 @@ class Conv1x1(nn.Linear):
 
 
 def zero(layer):
-    """Zero-initialises a layer: the last one of each residual branch f, and of the network.
+    """Zero-initialises a layer: the last layer of the network, and of the f in each block x + f(x).
 
-    A residual block x + f(x) then begins without f: the deep network begins like a shallow one,
+    Such a residual block begins without its branch f: the deep network begins like a shallow one,
     and each branch begins to contribute as it learns something.
     """
     nn.init.zeros_(layer.weight)
@@ -200,15 +201,15 @@ def zero(layer):
 #
 #     softmax(q k^T / sqrt(d)) v                              (Vaswani et al. 2017, Eq. 1)
 #
-# The typical size of a sum of d products grows like sqrt(d). With large scores, the softmax would
-# put all weight on one key and its gradient would be almost 0; the division prevents this. Several
-# "heads" do this side by side with vectors of their own, so that a pixel can collect different
-# things at once.
+# q k^T is the score of a query and a key, a sum of d products, whose typical size grows like
+# sqrt(d). With large scores, the softmax would put all weight on one key and its gradient would be
+# almost 0; the division prevents this. Where a level has many channels, several "heads" do this
+# side by side with vectors of their own, so that a pixel can collect different things at once.
 #
-# The cost is the number of queries times the number of keys: 256 products at 4x4, but a million at
+# The cost is the number of queries times the number of keys: 256 scores at 4x4, but a million at
 # 32x32. So attention works on at most 8x8 places: each block of pixels is averaged to one place,
-# and all its pixels get the same result. That makes at most M = 64 places and 4096 products. Every
-# pixel still gets something from the whole picture; the convolutions that follow work out details.
+# and all its pixels get the same result. That makes at most M = 64 places and 4096 scores. Every
+# pixel is still reached from the whole picture; the convolutions that follow work out details.
 # Attention itself does not know where a place is. It learns that from the convolutions before it,
 # which see the zero padding at the edge.
 
@@ -274,24 +275,26 @@ class ResBlock(nn.Module):
 # ==== 7. The U-Net ================================================================================
 #
 # Down: 32 -> 16 -> 8 -> 4 pixels wide, with more and more channels. At the bottom, 16 places with
-# 512 numbers each describe what is in the picture. Up again: 4 -> 8 -> 16 -> 32. On the way up each
-# level also receives the output of the same level on the way down, the skip connection. The bottom
-# knows that there is a circle, the skip knows exactly where its edge is. The two are added. (Ho
-# concatenates them, which takes more weights.)
+# 512 numbers each describe what is in the picture. A 3x3 convolution there covers three quarters of
+# its width, so that few layers are needed to see all of it. Up again: 4 -> 8 -> 16 -> 32. On the
+# way up each level also receives the output of the same level on the way down, the skip connection.
+# The bottom knows that there is a circle, the skip knows exactly where its edge is. The two are
+# added. (Ho concatenates them, which takes more weights.)
 #
 #     32x32  stem -- down ------------------------------- up -- out
 #     16x16            down ----------------------- up
-#      8x8               down --------------- up (two blocks)
+#      8x8               down --------------- up (three blocks)
 #      4x4                  middle (512)
 #
 # There is attention at every level (on 8x8 places at most): in the middle, and on the way up, where
 # a level has both its own detail and the view from below.
 #
-# `python ddpm.py` prints the parameters and the multiplications of each part. The middle has 49 %
-# of the parameters, but only 15 % of the multiplications: each weight is used at 16 places. At
-# 32x32 a weight is used at 1024 places, so that 0.7 % of the parameters make 8 % of the
-# multiplications. The tensors are largest there, too, and reading and writing them takes time. So
-# this level has only 16 channels.
+# `python ddpm.py` prints the parameters and the multiplications of each part. 8x8 has most of both,
+# 55 % and 71 %: a place at 8x8 is a cell of the grid of 4 pixels on which all shapes lie, so here
+# there are three blocks on the way up. The middle has 41 % of the parameters, but only 14 % of the
+# multiplications: each weight is used at 16 places. At 32x32 each weight is used at 1024 places, so
+# that 0.5 % of the parameters make 8 % of the multiplications. The tensors are largest there, too,
+# and reading and writing them takes time. So this level has only 16 channels.
 
 
 class Middle(nn.Module):
@@ -348,7 +351,7 @@ class UNet(nn.Module):
         pairs = [(c1, c1), (c1, c2), (c2, c3)]
         self.down = nn.ModuleList([ResBlock(a, b, time_dim) for a, b in pairs])
         self.middle = Middle(c3, bottleneck, narrow, time_dim)
-        levels = [(bottleneck, c3, 4), (c3, c2, 1), (c2, c1, 1)]  # four blocks at 8x8
+        levels = [(bottleneck, c3, 3), (c3, c2, 1), (c2, c1, 1)]  # three blocks at 8x8
         self.up = nn.ModuleList([Up(a, b, time_dim, blocks) for a, b, blocks in levels])
         self.norm = Norm(c1)
         self.out = zero(nn.Conv2d(c1, 1, 3, padding=1))
@@ -393,18 +396,19 @@ class UNet(nn.Module):
 # odds by some factor. Write it as exp(2b): then a becomes a + b. The network returns this b. Its
 # last layer is zero-initialised, so before any training b = 0, and the guess is what each pixel
 # says on its own.
-# (The loss of section 9 is then 0.12 as a mean over all t; the guess eps = 0 would give 1.)
+# The loss of section 9 is then 0.12 as a mean over all t; the guess eps = 0 would give 1.
 #
 # The tanh keeps all guesses between -1 and +1. As t falls, its argument becomes large, positive or
 # negative, and the guess approaches -1 or +1. The last step of sampling returns this guess itself
-# (in Eq. 7, at t = 1, x_0 has the factor 1 and x_t the factor 0), so nothing needs to be clipped.
+# (Eq. 7 in section 10 shows it: at t = 1, x_0 has the factor 1 and x_t the factor 0), so nothing
+# needs to be clipped.
 # (For grey or coloured pictures the formula does not hold; section 12 says what to do.)
 
 
 @cache
 def fast_bfloat16(device):
-    """Whether "cpu", "cuda" or "mps" has instructions for bfloat16, 16 bits with the range of
-    float32 and 2 to 3 digits. False for mps, where it has not been tried."""
+    """Whether "cpu", "cuda" or "mps" computes quickly in bfloat16: 16 bits per number, with the
+    range of float32 and 2 to 3 digits. False for mps: not tried."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities() if device == "cpu" else {}
@@ -412,13 +416,15 @@ def fast_bfloat16(device):
 
 
 def guess_x_0(model, schedule, x_t, t):
-    """The network's guess of x_0; the best would be the mean of all that fit x_t: (B, 1, 32, 32).
+    """The network's guess of x_0: float32 (B, 1, 32, 32). The best guess is the mean of all that
+    fit x_t.
 
     x_t: float (B, 1, 32, 32). t: int64 (B,), in 1..T. predict_eps turns the guess into the paper's
-    eps_theta(x_t, t).
+    eps_theta(x_t, t); theta stands for the weights of the network.
     """
     device = x_t.device.type
-    # autocast computes products and convolutions in bfloat16; the weights stay float32.
+    # autocast computes products and convolutions in bfloat16, which is faster; the weights stay
+    # float32. What follows needs more digits.
     with torch.autocast(device, torch.bfloat16, enabled=fast_bfloat16(device)):
         b = model(x_t, t)  # (B, 1, 32, 32)
     signal, noise = schedule.signal_and_noise(t)
@@ -431,24 +437,24 @@ def guess_x_0(model, schedule, x_t, t):
 # whose mean comes from the network; sigma_t is chosen in section 10. Maximum likelihood asks for a
 # large p(x_0). That is an integral over all paths x_1, ..., x_T that end in x_0, and cannot be
 # computed. But -log p(x_0) has an upper bound that can be computed (Eq. 3, Eq. 5): in essence a sum
-# over t of KL divergences. A KL divergence measures how far one distribution is from another, here
-# the reverse step p(x_{t-1} | x_t) from q(x_{t-1} | x_t, x_0), the step back of one who knows x_0,
-# as we do in training. Both are Gaussian, and their variances are not learned. Then the KL
-# divergence is the squared difference of their means, divided by 2 sigma_t^2, plus a constant
-# (Eq. 8).
+# over t of KL divergences. A KL divergence measures how far one distribution, q, is from another,
+# p: it is the mean of log q - log p over q. Here p is the reverse step p(x_{t-1} | x_t), and q is
+# q(x_{t-1} | x_t, x_0), the step back if x_0 is known, as it is in training. Both are Gaussian, and
+# their variances are not learned. log q and log p are then squares, and what depends on the network
+# is the squared difference of the two means, divided by 2 sigma_t^2 (Eq. 8).
 #
 # Section 10 shows that both means follow from x_t and eps in the same way (Eq. 11), one with the
 # true eps and one with the guess eps_theta. So the term for t becomes (Eq. 12)
 #
 #   beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) * || eps - eps_theta(x_t, t) ||^2
 #
-# averaged over x_0 and eps. The paper drops the factor in front and keeps the square (Eq. 14). That
-# may be done: at each t the best guess is the same whatever its weight, so weights only say where
-# to try hardest. With sigma_t^2 = beta_t the factor is 0.5 at t = 1, falls to 0.005 at t = 349 and
-# rises again to 0.01 at t = T. (Section 10 has another sigma_t^2, which is smaller only at small
-# t; there the factor is larger still.) So Eq. 14 gives small t less weight than the bound does (Ho,
-# Section 3.4). For our guess this changes little: at small t the error is almost 0 anyway, and
-# between t = 200 and 700 the factor stays between 0.005 and 0.0072.
+# averaged over x_0 and eps. The paper drops the factor in front and keeps the square (Eq. 14). The
+# best guess stays the same, since at each t it is the best whatever its weight; the weights only
+# say where to try hardest. With sigma_t^2 = beta_t the factor falls from 0.5 at t = 1 to 0.005 at t
+# = 349 and rises again to 0.01 at t = T. (The sigma_t^2 that section 10 takes is noticeably smaller
+# at small t, which makes the factor there larger still.) So Eq. 14 gives small t less weight than
+# the bound does (Ho, Section 3.4). For our guess this changes little: at small t the error is
+# almost 0 anyway, and between t = 200 and 700 the factor stays between 0.005 and 0.0072.
 
 
 def loss_fn(model, schedule, x_0, t, eps):
@@ -464,10 +470,11 @@ def loss_fn(model, schedule, x_0, t, eps):
 
 # Algorithm 1 repeats: take pictures x_0, draw t and eps, take a gradient step on Eq. 14. (The loop
 # is in train.py.) The paper draws t uniformly from 1..T. Here more than half of these t would be
-# wasted: below t = 350 there is soon nothing left to learn, and above t = 750 only a rough idea of
-# the picture can be had. In between the picture is decided. So four of five t are drawn from there,
-# and the rest uniformly, so that no t is forgotten. A t in 350..750 then counts 11 times as much in
-# the training loss as another one; the validation loss keeps t uniform, as in Eq. 14.
+# wasted: below t = 350 there is soon nothing left to learn, and above t = 750 x_t says little about
+# the picture. Between the two it becomes clear which picture it is. So four of five t are drawn
+# from there, and the rest uniformly, so that no t is forgotten. A t in 350..750 then counts 11
+# times as much in the training loss as another one. The validation loss, the loss on pictures that
+# are not trained on, keeps t uniform, as in Eq. 14.
 #
 # The loss soon looks flat while the samples still get better. Most of it is ambiguity that no
 # network can remove: many pictures fit x_t. Where x_t nearly decides the picture, here at t = 400
@@ -508,9 +515,8 @@ class EMA:
 
     Each step follows the gradient of one small batch, which is noisy; the average over many steps
     is less so. A decay of 0.9995 averages over about the last 1 / (1 - decay) = 2000 steps. Early
-    in training such an average would still contain the random initial weights. So at first it
-    averages over about the last ninth of the steps so far, and once this is more than 2000, over
-    2000.
+    in training such an average would still contain the random initial weights. So at first the
+    decay is smaller, such that the average reaches over about the last ninth of the steps so far.
     """
 
     def __init__(self, model, decay=0.9995):
@@ -563,8 +569,8 @@ def ddpm_step(schedule, x_t, t, eps, z):
     mu = (x_t - beta / var_t.sqrt() * eps) / alpha.sqrt()
     # The paper tries sigma_t^2 = beta_t, which is right if the data is standard normal, and
     # sigma_t^2 = beta_tilde_t, right if the data is a single picture (Ho, Section 3.2). The truth
-    # lies between them, and they differ only at small t: their ratio is 0.98 at t = 100 and 0.85
-    # at t = 10. We take the second. It is 0 at t = 1, so the last step adds no noise, as
+    # lies between them, and they differ much only at small t: their ratio is 0.98 at t = 100 and
+    # 0.85 at t = 10. We take the second. It is 0 at t = 1, so the last step adds no noise, as
     # Algorithm 2 demands (it sets z = 0 there): no step would come after it to remove that noise.
     beta_tilde = var_before / var_t * beta
     return mu + beta_tilde.sqrt() * z
@@ -593,8 +599,8 @@ def ddpm_step(schedule, x_t, t, eps, z):
 def ddim_step(schedule, t, s, x_0, eps, z, eta):
     """Eq. 12 of DDIM: from x_t to x_s, 0 <= s < t <= T.
 
-    x_0, eps, z: float (B, 1, H, W): both guesses from x_t, and fresh noise. t, s: int. eta: 0 to 1.
-    Returns x_s: (B, 1, H, W).
+    x_0 and eps, the guesses from x_t, and z, fresh noise: float (B, 1, H, W). t, s: int. eta: 0 to
+    1. Returns x_s: (B, 1, H, W).
     """
     var_t, var_s = schedule.one_minus_alpha_bar[t], schedule.one_minus_alpha_bar[s]
     ratio = schedule.alpha_bar[t] / schedule.alpha_bar[s]
@@ -618,7 +624,7 @@ def reverse_process(model, schedule, x_T, steps=T, eta=1.0, generator=None):
     """Walks from noise to pictures and yields every stop on the way.
 
     x_T: standard normal float (B, 1, 32, 32). steps: 1..T. eta: 0 to 1. With steps = T and eta = 1
-    this is Algorithm 2, otherwise DDIM (which is the same in a step from t to t - 1 at eta = 1).
+    this is Algorithm 2, otherwise DDIM.
     generator: draws z, on the CPU, so that a seed means the same z on every device. Yields (t, x_t,
     guess of x_0 from x_t), t falling from T; at the end (0, x_0, x_0). Raises ValueError, on the
     first next(), as timesteps does.
@@ -708,8 +714,8 @@ def load(path):
 # ==== 12. What to change for something else =======================================================
 #
 # 64x64 pictures: SIZE in shapes.py, and one more level in UNet (`channels` and what is made of it,
-#   and the names and the input in `table`). With more pixels every decision moves to a larger t:
-#   shift FOCUS.
+#   and the names and the input in `table`). With more pixels a shape is still seen in more
+#   noise, so everything happens at larger t: shift FOCUS.
 # Grey or coloured values, not only -1 and +1: no tanh. Let the network return
 #   v = signal eps - noise x_0; then x_0 = signal x_t - noise v, which magnifies no error (Salimans
 #   & Ho 2022, arXiv 2202.00512). That becomes the last line of guess_x_0; clip the samples to

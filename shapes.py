@@ -87,10 +87,10 @@ KIND_OF = {key(mask): kind for kind in KINDS for mask in CATALOGUE[kind]}
 # Five rules make the task clear, for the model and the score:
 # - Shapes lie on a grid of 4 pixels. Four pixels of an upright edge then say the same, and an edge
 #   that is off by one pixel is always wrong.
-# - No shape is small: 34 pixels at least, and most have more than 60. The smaller a shape, the later
-#   it comes out of the noise.
-# - Lines may be short, and as long as the picture. (When the limits were 16 and 24 pixels, a third
-#   of all wrong forms were shorter or longer lines.)
+# - No shape is small: 34 pixels at least, and most have more than 60. The smaller a shape, the
+#   later it comes out of the noise.
+# - Lines may be short, and as long as the picture. (With narrower limits, a third to a half of all
+#   wrong forms were lines beyond them.)
 # - Shapes keep apart. If they could touch, a picture could be read in more than one way: an L is
 #   two rectangles, or one rectangle with a corner missing.
 # - One shape, and twice, with probability 0.4, one more. Then each part of a picture may decide

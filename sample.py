@@ -170,20 +170,17 @@ def print_loss_by_t(model, schedule, run):
 
 
 def save_steps_curve(path, model, schedule, n, seed):
-    """Draws the share of right pictures against the number of steps, from the same noise.
-
-    eta = 0 adds no fresh noise, eta = 1 as much as Algorithm 2.
-    """
+    """Draws the share of right pictures against the number of steps, from the same noise."""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
-    for eta in (0.0, 1.0):
+    for eta, text in ((0.0, "no fresh noise"), (1.0, "as much as Algorithm 2")):
         shares = []
         for steps in CURVE:
             x = draw(model, schedule, n, steps, seed, eta)[-1][1]
             shares.append(shapes.score(x)["right"])
             print(f"{steps} steps, eta = {eta:g}: {shares[-1]:.1%} of {n} right")
-        axes.plot(CURVE, shares, "o-", label=f"$\\eta$ = {eta:g}")
-    axes.set(xlabel="steps", ylabel="share of right pictures", xscale="log", ylim=(0, 1))
+        axes.plot(CURVE, shares, "o-", label=f"$\\eta$ = {eta:g}: {text}")
+    axes.set(xlabel="steps", ylabel=f"share of right pictures ({n})", xscale="log", ylim=(0, 1))
     axes.set_xticks(CURVE, CURVE)
     axes.minorticks_off()
     axes.legend()
@@ -214,7 +211,7 @@ def save_inside(path, model, schedule, seed):
         channels = seen[level][0]  # (C, H, W)
         two = channels[channels.var((1, 2)).topk(2).indices]  # (2, H, W)
         size = "x".join(map(str, channels.shape[1:]))
-        columns.append((f"{place}\n{len(channels)} of {size}", two))
+        columns.append((f"{place} {size}\n{len(channels)} channels", two))
     columns.append(("guess of $x_0$\nguess of $\\epsilon$", torch.cat([guess, found])[:, 0].cpu()))
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))

@@ -248,7 +248,7 @@ def save_labelled_grid(path, pictures):
     for axes, picture in zip(figure.subplots(4, 8).flat, pictures):
         axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
         axes.set_title("\n".join(kind for kind, _ in explain(picture)), fontsize=7)
-        axes.axis("off")
+        axes.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=120)
 
 

@@ -712,7 +712,8 @@ def load(path):
             if parts.testzip():
                 raise ValueError("its checksums are wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if missing := {"config", "run", "epoch", "ema"} - set(state):
+        missing = {"config", "run", "epoch", "ema"} - set(state)
+        if missing := missing or {"samples", "seed"} - set(state["run"]):
             raise ValueError(f"it lacks {sorted(missing)}")
         with torch.device("meta"):  # no memory until it is known that the weights fit
             model = UNet(**state["config"])

@@ -988,6 +988,7 @@ BROKEN = {
     "code": lambda path, state: torch.save({**state, "run": Evil()}, path),
     "list": lambda path, state: torch.save([1, 2], path),
     "no weights": lambda path, state: torch.save({"config": state["config"]}, path),
+    "no flags": lambda path, state: torch.save({**state, "run": {}}, path),
     "other network": lambda path, state: torch.save({**state, "config": {"narrow": 16}}, path),
     "not finite": changed(lambda p: p * math.nan),
     "words for weights": changed(lambda p: "heavy"),
@@ -998,7 +999,8 @@ BROKEN = {
 def test_a_broken_checkpoint_gets_one_line(kind, tmp_path, monkeypatch):
     """Catches: a traceback, code run from a file, weights loaded into the wrong network."""
     path, model = tmp_path / "broken.pt", ddpm.UNet(*SMALL)
-    state = {"config": model.config, "run": {}, "epoch": 1, "ema": model.state_dict()}
+    state = {"config": model.config, "run": {"samples": 64, "seed": 0}, "epoch": 1}
+    state["ema"] = model.state_dict()
     torch.save(state, tmp_path / "whole.pt")
     assert ddpm.load(tmp_path / "whole.pt")[0]["epoch"] == 1
     BROKEN[kind](path, state)

@@ -101,7 +101,8 @@ class Schedule:
 #         = sqrt(alpha_2 alpha_1) x_0 + sqrt(1 - alpha_2 alpha_1) eps
 #
 # because the variances add up: alpha_2 (1 - alpha_1) + (1 - alpha_2) = 1 - alpha_2 alpha_1. After t
-# steps, alpha_2 alpha_1 has become the product of all alphas, alpha_bar_t (Eq. 4):
+# steps, the product of alpha_1 to alpha_t, called alpha_bar_t, takes the place of alpha_2 alpha_1
+# (Eq. 4):
 #
 #     x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
 
@@ -138,12 +139,12 @@ def predict_eps(schedule, x_t, t, x_0):
 # ==== 3. Telling the network the time =============================================================
 #
 # One network serves all t, so it must know t: a pattern of bright specks is noise at t = 900 and
-# part of the picture at t = 5. A single input number t would be hard to use: a layer can
-# only scale and shift it, so neighbouring t give almost the same. Instead t is encoded by sines and
-# cosines of many frequencies (Vaswani et al. 2017, "Attention is all you need", Section 3.5). High
-# frequencies tell t from t + 1, low frequencies tell early from late. The frequencies form a
-# geometric series, each a fixed factor below the one before. So differences of 1 to 10 steps, of 10
-# to 100 and of 100 to 1000 are covered by equally many of them.
+# part of the picture at t = 5. A single input number t would be hard to use: a layer can only scale
+# and shift it, so that neighbouring t give almost the same unless distant t give huge numbers.
+# Instead t is encoded by sines and cosines of many frequencies (Vaswani et al. 2017, "Attention is
+# all you need", Section 3.5). High frequencies tell t from t + 1, low frequencies tell early from
+# late. The frequencies form a geometric series, each a fixed factor below the one before. So
+# differences of 1 to 10 steps, of 10 to 100 and of 100 to 1000 are covered by equally many of them.
 
 
 def time_embedding(t, dim):
@@ -162,8 +163,8 @@ class Norm(nn.GroupNorm):
     """Normalises 8 channels at a time to mean 0 and variance 1, then scales and shifts (learned).
 
     The statistics are taken over one picture, not over the batch as in BatchNorm: a training
-    batch mixes all t, but in sampling all pictures have the same t, and have other statistics than
-    such a batch. (B, C, H, W) -> (B, C, H, W).
+    batch mixes all t, but in sampling all pictures have the same t, so that their statistics differ
+    from those of a training batch. (B, C, H, W) -> (B, C, H, W).
     """
 
     def __init__(self, channels):
@@ -187,8 +188,9 @@ def zero(layer):
     """Zero-initialises a layer: the last one of the network and, in each block x + f(x) (sections
     5 and 6), the last one of f.
 
-    Each block then begins as if f were absent, so the deep network begins like a shallow one. The
-    zero layer itself gets a gradient; after its first step the layers before it do, too.
+    Each block then begins as if f were absent, so the deep network begins like a shallow one. In
+    the first step only the last layer of the network gets a gradient, in the second all but the
+    inside of each f, from the third on all layers.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -198,9 +200,9 @@ def zero(layer):
 # ==== 5. Attention: every pixel can use every other ===============================================
 #
 # A 3x3 convolution sees only neighbours. But whether a pixel belongs to a triangle depends on
-# pixels far away. Attention reaches them in one layer. Every pixel has a query, a key and a value,
-# vectors of d numbers. Each pixel receives an average of all values, with weights that say how
-# well its query matches their keys:
+# pixels far away. Attention reaches them in one layer. Every pixel (or block of pixels, see below)
+# has a query, a key and a value, vectors of d numbers. Each pixel receives an average of all
+# values, with weights that say how well its query matches their keys:
 #
 #     softmax(q k^T / sqrt(d)) v                              (Vaswani et al. 2017, Eq. 1)
 #
@@ -210,7 +212,7 @@ def zero(layer):
 # side by side with vectors of their own, so that a pixel can collect different things at once.
 #
 # The cost is the number of queries times the number of keys: 256 scores at 4x4, but a million at
-# 32x32. So attention works on at most 8x8 places: each block of pixels is averaged to one place,
+# 32x32. So attention works on at most 8x8 places: each block of pixels is averaged into one place,
 # and all its pixels get the same result. That makes at most M = 64 places and 4096 scores. So
 # information from the whole picture reaches every pixel, and the convolutions that follow work out
 # details.
@@ -280,11 +282,11 @@ class ResBlock(nn.Module):
 # ==== 7. The U-Net ================================================================================
 #
 # Down: 32 -> 16 -> 8 -> 4 pixels wide, with more and more channels. At the bottom, 16 places with
-# 512 numbers each describe what is in the picture. A 3x3 convolution there covers three quarters of
-# its width, so that few layers are needed to see all of it. Up again: 4 -> 8 -> 16 -> 32. On the
-# way up each level also receives the output of the same level on the way down, the skip connection.
-# The bottom knows that there is a circle, the skip knows exactly where its edge is. The two are
-# added. (Ho concatenates them, which takes more weights.)
+# 512 numbers each describe what is in the picture. A 3x3 convolution there spans three of the four
+# places across, so that few layers see the whole picture. Up again: 4 -> 8 -> 16 -> 32. On the way
+# up each level also receives the output of the same level on the way down, the skip connection. The
+# bottom knows that there is a circle, the skip knows exactly where its edge is. The two are added.
+# (Ho concatenates them, which takes more weights.)
 #
 #     32x32  stem -- down ------------------------------- up -- out
 #     16x16            down ----------------------- up
@@ -295,12 +297,12 @@ class ResBlock(nn.Module):
 # a level has both its own detail and the view from below.
 #
 # `python ddpm.py` prints the parameters and the multiplications of each part. The level 8x8 (down.2
-# and up.0) has most of both, 50 % and 66 %: sizes and positions of all shapes are multiples of 4
-# pixels, and one place at 8x8 is 4x4 pixels. So here there are three blocks on the way up. The
-# middle has 46 % of the parameters, but only 16 % of the multiplications: each weight is used at 16
-# places. At 32x32 each weight is used at 1024 places, so that 0.6 % of the parameters account for 9
-# % of the multiplications. The tensors are largest there, too, and reading and writing them takes
-# time. So this level has only 16 channels.
+# and up.0) has the largest share of both, 50 % and 66 %: sizes and positions of all shapes are
+# multiples of 4 pixels, and one place at 8x8 is 4x4 pixels. So here there are three blocks on the
+# way up. The middle has 46 % of the parameters, but only 16 % of the multiplications: each weight
+# is used at 16 places. At 32x32 most weights are used at 1024 places, and 0.6 % of the parameters
+# account for 9 % of the multiplications. The tensors are largest there, too, and reading and
+# writing them takes time. So this level has only 16 channels.
 
 
 class Middle(nn.Module):
@@ -383,11 +385,11 @@ class UNet(nn.Module):
 
 # ==== 8. The guess ================================================================================
 #
-# What should the network return? It could be eps, as in the paper. But near t = T the picture is
-# what is left when two almost equal numbers are subtracted: x_0 = (x_t - 0.99998 eps) / 0.0064
-# multiplies every error of the network by 157. And the network would have to learn what we know: a
-# pixel is -1 or +1. So we compute what a noisy pixel alone says about the clean one, and leave to
-# the network what the other pixels add.
+# What should the network return? It could be eps, as in the paper. But near t = T, x_0 = (x_t -
+# 0.99998 eps) / 0.0064 is a small difference of two almost equal numbers, and every error in eps is
+# multiplied by 157. And the network would have to learn what we know: a pixel is -1 or +1. So we
+# compute what a noisy pixel alone says about the clean one, and leave to the network what the other
+# pixels add.
 #
 # Suppose that each pixel were +1 or -1 with equal probability, independently of all others. With
 # signal = sqrt(alpha_bar_t) and noise = sqrt(1 - alpha_bar_t), Eq. 4 and Bayes' rule then give the
@@ -466,14 +468,15 @@ def guess_x_0(model, schedule, x_t, t):
 #
 # Which loss? A step back is p(x_{t-1} | x_t) = N(mu_theta(x_t, t), sigma_t^2 I), a Gaussian whose
 # mean comes from the network (Eq. 1; Ho, Section 3.2, fixes the variance; section 10 chooses it).
-# Maximum likelihood would make p(x_0) large for the pictures that we have. That is an integral over
-# all paths x_1, ..., x_T that end in x_0, and cannot be computed. But -log p(x_0) has an upper
-# bound that can be computed (Eq. 3, Eq. 5): a sum over t of KL divergences, but for a term of its
-# own at t = 1 and one without the network. A KL divergence measures how far one distribution, q, is
-# from another, p: it is the mean of log q - log p over q. Here p is the reverse step, and q is
-# q(x_{t-1} | x_t, x_0), the step back if x_0 is known, as it is in training. Both are Gaussian, and
-# their variances are not learned. The logarithm of a Gaussian is a constant minus
-# a square, and what depends on the network is in the end the squared difference of the two means,
+# We would like to make p(x_0) large for the pictures that we have (maximum likelihood). But p(x_0)
+# is an integral over all paths x_1, ..., x_T that end in x_0, and cannot be computed. What can be
+# computed is an upper bound of -log p(x_0) (Eq. 3, Eq. 5): one KL divergence for each t above 1,
+# another term for t = 1, and a term without the network. A KL divergence measures how far one
+# distribution, q, is from another, p: it is the mean of log q - log p over q. Here p is the reverse
+# step, and q is q(x_{t-1} | x_t, x_0), the step back if x_0 is known, as it is in training. Both
+# are Gaussian, and their variances are not learned. log p is a constant minus (x - mu_theta)^2 / (2
+# sigma_t^2). The mean of (x - mu_theta)^2 over q is (mu - mu_theta)^2 plus the variance of q, on
+# which the network has no influence. So what counts is the squared difference of the two means,
 # divided by 2 sigma_t^2 (Eq. 8).
 #
 # Both means follow from x_t and eps in the same way (Eq. 11), one with the true eps and one with
@@ -491,7 +494,7 @@ def guess_x_0(model, schedule, x_t, t):
 
 
 def loss_fn(model, schedule, x_0, t, eps):
-    """Eq. 14, the simple loss, as a mean over pictures and pixels. Returns a 0-d tensor.
+    """Eq. 14, the simple loss, for given t, as a mean over pictures and pixels: a 0-d tensor.
 
     x_0: float (B, 1, 32, 32), -1 or +1. t: int64 (B,), in 1..T. eps: standard normal,
     (B, 1, 32, 32).
@@ -502,26 +505,26 @@ def loss_fn(model, schedule, x_0, t, eps):
 
 
 # Algorithm 1 repeats: take pictures x_0, draw t and eps, take a gradient step on Eq. 14. (The loop
-# is in train.py.) How hard is which t? The table shows 10,000 times the loss after 10 epochs
-# (passes over the data) of `python train.py` and at the end (sample.py --score prints it):
+# is in train.py.) Which t are hard? The table shows the loss, times 10,000, after 10 epochs (passes
+# over the data) of `python train.py` and after the last, the 100th (sample.py --score prints it):
 #
 #     t                100    200    300    400    500    600    700    800   1000
-#     10 epochs        1.2    0.7    1.1   15.8   83.2   85.0   34.1    8.5    0.3
-#     at the end       0.5    0.1    0.8    8.8   71.5   81.9   33.8    8.4    0.2
+#     epoch 10         1.2    0.7    1.1   15.8   83.2   85.0   34.1    8.5    0.3
+#     epoch 100        0.5    0.1    0.8    8.8   71.5   81.9   33.8    8.4    0.2
 #
 # At small t nearly every pixel can be read off x_t. At large t hardly anything is known about the
 # picture, but eps is nearly x_t itself: an error in x_0 counts signal / noise times in eps (Eq. 4).
 # Between t = 350 and 750 it becomes clear which picture it is. The paper draws t uniformly from
-# 1..T; here more than half of these t would be wasted. So four of five t are drawn from 350..750,
-# and the rest uniformly, so that no t is forgotten. A t in 350..750 then counts 11 times as much in
-# the training loss as another one. The validation loss, the loss on pictures that are not trained
-# on, keeps t uniform, as in Eq. 14.
+# 1..T; here more than half of these t would be wasted. So four out of five t are drawn from
+# 350..750, and the rest uniformly, so that no t is forgotten. A t in 350..750 then counts 11 times
+# as much in the training loss as another one. The validation loss, the loss on pictures that are
+# not trained on, keeps t uniform, as in Eq. 14.
 #
 # The validation loss soon looks flat while the samples still get better. Most of it is ambiguity
-# that no network can remove, since many pictures fit x_t. At t = 400 and 500 the network still
-# improves much, but the mean over all t falls by a tenth only, from 0.0022 to 0.0020. From the
-# first row to the second, the share of right samples (shapes.py says which are right), drawn in 50
-# steps, rose from 87 to 97 %.
+# that no network can remove, since many pictures fit x_t. It still falls at t = 400 and 500, where
+# the last doubts about the picture are settled, but its mean over all t only by a tenth, from
+# 0.0022 to 0.0020. From the first row to the second, the share of right samples (shapes.py says
+# which are right), drawn in 50 steps, rose from 87 to 97 %.
 
 FOCUS, FOCUS_SHARE = (350, 750), 0.8
 
@@ -535,7 +538,7 @@ def draw_t(n, generator, device="cpu"):
 
 
 def training_loss(model, schedule, x_0, generator):
-    """Lines 3 to 5 of Algorithm 1, without the gradient step: draws t and eps, returns the loss.
+    """Lines 3 to 5 of Algorithm 1, with t from draw_t: draws t and eps, returns the loss.
 
     x_0: float (B, 1, 32, 32), -1 or +1. generator: draws both, on the device of x_0.
     """
@@ -550,7 +553,7 @@ class EMA:
     Each step follows the gradient of one small batch, which is noisy; the average over many steps
     is less so. A decay of 0.9995 averages over about the last 1 / (1 - decay) = 2000 steps. Early
     in training such an average would still contain the random initial weights. So at first the
-    decay is smaller, such that the average reaches over about the last ninth of the steps so far.
+    decay is smaller, so that the average covers about the last ninth of the steps so far.
     """
 
     def __init__(self, model, decay=0.9995):
@@ -732,10 +735,10 @@ def load(path):
 # 64x64 pictures: SIZE in shapes.py, and one more level in UNet (`channels` and what is made of it,
 #   and the names and the input in `table`). With more pixels a shape remains visible under
 #   more noise: shift FOCUS to larger t.
-# Grey or coloured values, not only -1 and +1: no tanh. Let the network return
-#   v = signal eps - noise x_0; then x_0 = signal x_t - noise v, which magnifies no error (Salimans
-#   & Ho 2022, arXiv 2202.00512). That becomes the last line of guess_x_0; clip the samples to
-#   [-1, 1]. Colour: also 3 channels into `stem`, 3 out of `out`, and pictures (B, 3, 32, 32).
+# Grey or coloured values, not only -1 and +1: no tanh. Let the network return v = signal eps -
+#   noise x_0; then x_0 = signal x_t - noise v, which magnifies no error (Salimans & Ho 2022, arXiv
+#   2202.00512). That becomes the last line of guess_x_0; clip the samples to [-1, 1]. Colour: also
+#   3 channels into `stem` and `table`, 3 out of `out`, pictures (B, 3, 32, 32).
 # Another schedule: `beta` in Schedule. For the cosine schedule of Nichol & Dhariwal 2021 (arXiv
 #   2102.09672, Eq. 17) alpha_bar_t = f(t) / f(0), f(t) = cos((t / T + 0.008) / 1.008 * pi / 2)^2;
 #   beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.999. FOCUS should then cover the same

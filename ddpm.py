@@ -190,7 +190,7 @@ def zero(layer):
 
     Each block then begins as if f were absent, so the deep network begins like a shallow one. In
     the first step only the last layer of the network gets a gradient, in the second all but the
-    inside of each f, from the third on all layers.
+    inside of each f and the time vector that goes there, from the third on all layers.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -215,9 +215,8 @@ def zero(layer):
 # 32x32. So attention works on at most 8x8 places: each block of pixels is averaged into one place,
 # and all its pixels get the same result. That makes at most M = 64 places and 4096 scores. So
 # information from the whole picture reaches every pixel, and the convolutions that follow work out
-# details.
-# Attention itself does not know where a place is. It learns that from the convolutions before it,
-# which see the zero padding at the edge.
+# details. Attention itself does not know where a place is. It learns that from the convolutions
+# before it, which see the zero padding at the edge.
 
 ATTENTION_SIDE = 8
 
@@ -253,10 +252,10 @@ class Attention(nn.Module):
 #
 # Most of the work is done here: norm, SiLU (the activation x sigmoid(x)), 3x3 convolution, twice,
 # and the result is added to the input (which first goes through a 1x1 convolution if the number of
-# channels changes). The block only has to learn what to change, and gradients
-# reach the first layers through the sums, however deep the network is. Between the two convolutions
-# the time comes in: one number per channel, added at every pixel. Every block gets it, so that
-# every block can act differently at each t.
+# channels changes). The block only has to learn what to change, and gradients reach the first
+# layers through the sums, however deep the network is. Between the two convolutions the time comes
+# in: one number per channel, added at every pixel. Every block gets it, so that every block can act
+# differently at each t.
 
 
 class ResBlock(nn.Module):
@@ -385,11 +384,11 @@ class UNet(nn.Module):
 
 # ==== 8. The guess ================================================================================
 #
-# What should the network return? It could be eps, as in the paper. But near t = T, x_0 = (x_t -
-# 0.99998 eps) / 0.0064 is a small difference of two almost equal numbers, and every error in eps is
-# multiplied by 157. And the network would have to learn what we know: a pixel is -1 or +1. So we
-# compute what a noisy pixel alone says about the clean one, and leave to the network what the other
-# pixels add.
+# What should the network return? It could be eps, as in the paper. But near t = T,
+# x_0 = (x_t - 0.99998 eps) / 0.0064 is a small difference of two almost equal numbers, and every
+# error in eps is multiplied by 157. And the network would have to learn what we know: a pixel is -1
+# or +1. So we compute what a noisy pixel alone says about the clean one, and leave to the network
+# what the other pixels add.
 #
 # Suppose that each pixel were +1 or -1 with equal probability, independently of all others. With
 # signal = sqrt(alpha_bar_t) and noise = sqrt(1 - alpha_bar_t), Eq. 4 and Bayes' rule then give the
@@ -404,8 +403,8 @@ class UNet(nn.Module):
 # tanh(signal x_t / noise^2). The other pixels, and the fact that +1 is rarer than -1, change the
 # odds by some factor. Write it as exp(2b): then a becomes a + b. The network returns this b. Its
 # last layer is zero-initialised, so before any training b = 0, and the guess is what each pixel
-# says on its own.
-# The loss of section 9 is then 0.12 as a mean over all t; the guess eps = 0 would give 1.
+# says on its own. The loss of section 9 is then 0.12 as a mean over all t; the guess eps = 0 would
+# give 1.
 #
 # The tanh keeps all guesses between -1 and +1. As t falls, its argument becomes large, positive or
 # negative, and the guess approaches -1 or +1. The last step of sampling returns this guess itself
@@ -454,8 +453,8 @@ def guess_x_0(model, schedule, x_t, t):
 #     beta_tilde_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
 #
 # In sampling we do not know x_0, but we have a guess of it, the mean of all x_0 that fit x_t. That
-# is enough: mu is linear in x_0, so the mean x_0 gives the mean x_{t-1}. In terms of eps, put x_0 =
-# (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t) into Eq. 7. The factor of eps becomes
+# is enough: mu is linear in x_0, so the mean x_0 gives the mean x_{t-1}. In terms of eps, put
+# x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t) into Eq. 7. The factor of eps becomes
 #
 #     - sqrt(alpha_bar_{t-1} / alpha_bar_t) beta_t / sqrt(1 - alpha_bar_t)
 #         = - (1 / sqrt(alpha_t)) beta_t / sqrt(1 - alpha_bar_t)
@@ -474,10 +473,10 @@ def guess_x_0(model, schedule, x_t, t):
 # another term for t = 1, and a term without the network. A KL divergence measures how far one
 # distribution, q, is from another, p: it is the mean of log q - log p over q. Here p is the reverse
 # step, and q is q(x_{t-1} | x_t, x_0), the step back if x_0 is known, as it is in training. Both
-# are Gaussian, and their variances are not learned. log p is a constant minus (x - mu_theta)^2 / (2
-# sigma_t^2). The mean of (x - mu_theta)^2 over q is (mu - mu_theta)^2 plus the variance of q, on
-# which the network has no influence. So what counts is the squared difference of the two means,
-# divided by 2 sigma_t^2 (Eq. 8).
+# are Gaussian, and their variances are not learned. log p is a constant minus
+# (x - mu_theta)^2 / (2 sigma_t^2). The mean of (x - mu_theta)^2 over q is (mu - mu_theta)^2 plus
+# the variance of q, on which the network has no influence. So what counts is the squared difference
+# of the two means, divided by 2 sigma_t^2 (Eq. 8).
 #
 # Both means follow from x_t and eps in the same way (Eq. 11), one with the true eps and one with
 # the guess eps_theta. So the term for t becomes (Eq. 12)
@@ -642,10 +641,9 @@ def reverse_process(model, schedule, x_T, steps=T, eta=1.0, generator=None):
     """Walks from noise to pictures and yields every stop on the way.
 
     x_T: standard normal float (B, 1, 32, 32). steps: 1..T. eta: 0 to 1. With steps = T and eta = 1
-    this is Algorithm 2, otherwise DDIM.
-    generator: draws z, on the CPU, so that a seed means the same z on every device. Yields (t, x_t,
-    guess of x_0 from x_t), t falling from T; at the end (0, x_0, x_0). Raises ValueError, on the
-    first next(), as timesteps does.
+    this is Algorithm 2, otherwise DDIM. generator: draws z, on the CPU, so that a seed means the
+    same z on every device. Yields (t, x_t, guess of x_0 from x_t), t falling from T; at the end (0,
+    x_0, x_0). Raises ValueError, on the first next(), as timesteps does.
     """
     x = x_T
     for t, s in pairwise(timesteps(steps)):
@@ -733,12 +731,13 @@ def load(path):
 # ==== 12. What to change for something else =======================================================
 #
 # 64x64 pictures: SIZE in shapes.py, and one more level in UNet (`channels` and what is made of it,
-#   and the names and the input in `table`). With more pixels a shape remains visible under
-#   more noise: shift FOCUS to larger t.
-# Grey or coloured values, not only -1 and +1: no tanh. Let the network return v = signal eps -
-#   noise x_0; then x_0 = signal x_t - noise v, which magnifies no error (Salimans & Ho 2022, arXiv
-#   2202.00512). That becomes the last line of guess_x_0; clip the samples to [-1, 1]. Colour: also
-#   3 channels into `stem` and `table`, 3 out of `out`, pictures (B, 3, 32, 32).
+#   and the names and the input in `table`). With more pixels a shape remains visible under more
+#   noise: shift FOCUS to larger t.
+# Grey or coloured values, not only -1 and +1: no tanh. Let the network return
+#   v = signal eps - noise x_0; then x_0 = signal x_t - noise v, which magnifies no error (Salimans
+#   & Ho 2022, arXiv 2202.00512). That becomes the last line of guess_x_0; clip the samples to
+#   [-1, 1]. Colour: also 3 channels into `stem` and `table`, 3 out of `out`, pictures (B, 3, 32,
+#   32).
 # Another schedule: `beta` in Schedule. For the cosine schedule of Nichol & Dhariwal 2021 (arXiv
 #   2102.09672, Eq. 17) alpha_bar_t = f(t) / f(0), f(t) = cos((t / T + 0.008) / 1.008 * pi / 2)^2;
 #   beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.999. FOCUS should then cover the same

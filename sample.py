@@ -161,7 +161,7 @@ def print_loss_by_t(model, schedule, run):
     x_0 = torch.from_numpy(shapes.to_model(shapes.make_dataset(256, [run["seed"], 2])))
     x_0 = x_0.to(schedule.beta.device)
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0.device)
-    times, losses = (100, 200, 300, 400, 500, 600, 700, 800, 1000), []
+    times, losses = (2, 20, 100, 300, 400, 500, 600, 700, 800, 1000), []
     for now in times:
         t = torch.full((len(x_0),), now, device=x_0.device)
         losses.append(ddpm.loss_fn(model, schedule, x_0, t, eps).item())
@@ -203,8 +203,8 @@ def save_inside(path, model, schedule, seed):
     x_0 = torch.from_numpy(shapes.to_model(shapes.make_dataset(1, [seed, 3])))  # (1, 1, 32, 32)
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
     x_t = ddpm.q_sample(schedule, x_0.to(device), t, eps.to(device))
-    guess = ddpm.guess_x_0(model, schedule, x_t, t)
-    found = ddpm.predict_eps(schedule, x_t, t, guess)
+    found = ddpm.predict_eps(model, x_t, t)
+    guess = ddpm.predict_x_0(schedule, x_t, t, found)
 
     columns = [(f"$x_t$, t = {INSIDE}\n$x_0$", torch.cat([x_t.cpu(), x_0])[:, 0])]
     for place, level in zip(("down",) * 3 + ("middle",) + ("up",) * 3, levels):

@@ -141,10 +141,6 @@ def test_a_data_set_holds_what_it_says():
             boxes.append((top, left, bottom, right))
         for one, two in itertools.combinations(boxes, 2):
             assert max(one[0] - two[2], two[0] - one[2], one[1] - two[3], two[1] - one[3]) >= 4
-    # Every size of circle, and every pixel, comes up.
-    alone = [p for p, k in zip(pictures, found) if k == ["circle"]]
-    widths = np.bincount([p.any(0).sum() for p in alone])
-    assert min(widths[8:17:4]) > 20 and widths.sum() == widths[8:17:4].sum()
     used = pictures.mean(0)
     assert used.min() > 0.001 and np.abs(used - used[::-1, ::-1]).max() < 0.03
 
@@ -257,7 +253,7 @@ def test_x_0_and_eps_give_each_other():
     """Catches: a lost square root, t that is not used per picture."""
     (x_0, eps), t = noise(2, 5, 1, 32, 32), torch.tensor([1, 9, 300, 700, T])
     x_t = ddpm.q_sample(SCHEDULE, x_0, t, eps)
-    assert torch.allclose(ddpm.predict_eps(SCHEDULE, x_t, t, x_0), eps, atol=2e-3)
+    assert torch.allclose(ddpm.predict_x_0(SCHEDULE, x_t, t, eps), x_0, atol=2e-3)
     each = [ddpm.q_sample(SCHEDULE, x_0[i : i + 1], t[i : i + 1], eps[i : i + 1]) for i in range(5)]
     assert torch.allclose(torch.cat(each), x_t)
 
@@ -387,8 +383,8 @@ def test_pictures_of_a_batch_do_not_see_each_other():
 
 
 def any_model(x, t):
-    """A network that is quick and right about nothing: depends on t, the pixel and a neighbour."""
-    return x.tanh() + 0.3 * x.roll(1, 3) + (t / 300).sin()[:, None, None, None]
+    """A network that is quick and not quite right: depends on t, the pixel and a neighbour."""
+    return SCHEDULE.signal_and_noise(t)[1] * (0.9 * x + 0.1 * x.roll(1, 3).tanh())
 
 
 def x_0_of(x_t, t, eps):
@@ -421,13 +417,14 @@ def test_ddim_at_eta_1_is_algorithm_2():
     x_t, eps, z = (noise(2, 1, 8, 8), noise(2, 1, 8, 8, seed=1), noise(2, 1, 8, 8, seed=2))
     for t in range(1, T + 1):
         one = ddpm.ddpm_step(SCHEDULE, x_t, t, eps, z)
-        two = ddpm.ddim_step(SCHEDULE, t, t - 1, x_0_of(x_t, t, eps), eps, z, eta=1)
+        two = ddpm.ddim_step(SCHEDULE, x_t, t, t - 1, x_0_of(x_t, t, eps), z, eta=1)
         assert torch.allclose(one, two, atol=2e-4), t
-    x_T = noise(2, 1, 32, 32)
-    one, two, other = (
-        ddpm.sample(any_model, SCHEDULE, x_T, T, eta, seeded(3)) for eta in (1, 1 - 1e-6, 0.5)
-    )
-    assert torch.allclose(one, two, atol=1e-2) and not torch.allclose(one, other, atol=1e-2)
+    x, generator = noise(2, 1, 8, 8), seeded(3)
+    got = ddpm.sample(any_model, SCHEDULE, x, generator=seeded(3))
+    for t in range(T, 0, -1):
+        z = torch.randn(x.shape, generator=generator)
+        x = ddpm.ddpm_step(SCHEDULE, x, t, any_model(x, torch.tensor([t])), z)
+    assert torch.equal(got, x)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
@@ -437,7 +434,8 @@ def test_ddim_keeps_the_variance_that_eq_4_wants(eta):
     x_0, eps = noise(1, 1, 8, 8), noise(1, 1, 8, 8, seed=1)
     for t, s in [(T, 500), (500, 499), (300, 20), (20, 1), (T, 0)]:
         # With z = 1 less z = 0 only sigma is left: DDIM, Eq. 16.
-        plain, noisy = (ddpm.ddim_step(SCHEDULE, t, s, x_0, eps, z, eta) for z in (0, 1))
+        x_t = math.sqrt(a[t]) * x_0 + math.sqrt(1 - a[t]) * eps
+        plain, noisy = (ddpm.ddim_step(SCHEDULE, x_t, t, s, x_0, z, eta) for z in (0, 1))
         sigma = eta * math.sqrt((1 - a[s]) / (1 - a[t])) * math.sqrt(1 - a[t] / a[s])
         assert torch.allclose(noisy - plain, torch.tensor(sigma).float(), atol=1e-4)
         rest = math.sqrt(1 - a[s] - sigma**2)
@@ -446,32 +444,30 @@ def test_ddim_keeps_the_variance_that_eq_4_wants(eta):
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 20, 50, 999, 1000])
 def test_both_ends_of_the_schedule_are_visited(steps):
-    """Catches: sampling that starts below T or never reaches t = 1, repeated steps."""
+    """Catches: sampling that starts below T or never reaches t = 1, repeated steps, t = 0 twice."""
     times = ddpm.timesteps(steps)
     assert times[0] == T and times[-1] == 0 and len(times) == steps + 1
     assert all(a > b for a, b in itertools.pairwise(times))
     assert steps == 1 or times[-2] == 1
     assert steps < T or times == list(range(T, -1, -1))
-
-
-def test_steps_out_of_range():
-    """Catches: a walk that never ends or visits t = 0 twice."""
-    for steps in (0, -1, T + 1):
+    for bad in (0, T + steps):
         with pytest.raises(ValueError, match="steps must be between 1 and 1000"):
-            ddpm.timesteps(steps)
+            ddpm.timesteps(bad)
 
 
 @pytest.mark.parametrize("steps", [T, 100])
 def test_the_perfect_network_gives_the_distribution_back(steps):
     """Catches: nearly any mistake in the reverse process.
 
-    Every pixel is +1 with probability 0.3 and else -1, and knows nothing of the others.
-    Then the best network returns half the log of these odds everywhere (Bayes' rule on
-    Eq. 4), and the sampler must find 30 % again, with values of +-1.
+    Every pixel is +1 with probability 0.3 and else -1, and knows nothing of the others. Bayes'
+    rule on Eq. 4 gives its mean, and so the best guess of eps. The sampler must find 30 % again,
+    with values of +-1.
     """
 
     def best(x, t):
-        return torch.full_like(x, 0.5 * math.log(0.3 / 0.7))
+        a, n = SCHEDULE.alpha_bar[t[0]], SCHEDULE.one_minus_alpha_bar[t[0]]
+        log_odds = math.log(0.3 / 0.7) + 2 * a.sqrt() * x / n
+        return (x - a.sqrt() * (2 * log_odds.sigmoid() - 1)) / n.sqrt()
 
     x = ddpm.sample(best, SCHEDULE, noise(10, 1, 32, 32), steps, generator=seeded(1))
     assert (x > 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
@@ -484,11 +480,33 @@ def test_the_perfect_network_gives_a_spread_back():
     def best(x, t):
         a, n = SCHEDULE.alpha_bar[t[0]], SCHEDULE.one_minus_alpha_bar[t[0]]
         x_0 = 0.1 + a.sqrt() * 0.2**2 / (a * 0.2**2 + n) * (x - a.sqrt() * 0.1)
-        return torch.atanh(x_0) - a.sqrt() * x / n
+        return (x - a.sqrt() * x_0) / n.sqrt()
 
     x = ddpm.sample(best, SCHEDULE, noise(10, 1, 32, 32), generator=seeded(1))
     assert x.mean().item() == pytest.approx(0.1, abs=0.005)
     assert x.std().item() == pytest.approx(0.2, rel=0.03)
+
+
+def test_half_a_step_ahead_is_nearer_to_the_exact_path():
+    """Catches: a guess moved the wrong way, or by a whole step; the last guess not kept.
+
+    The data is Gaussian, mean 0.1 and deviation 0.2. Without fresh noise x_T alone decides where
+    its path ends: as many deviations from the mean as it began.
+    """
+    variance = lambda t: 0.2**2 * SCHEDULE.alpha_bar[t] + SCHEDULE.one_minus_alpha_bar[t]
+    centre = lambda t: 0.1 * SCHEDULE.alpha_bar[t].sqrt()
+
+    def best(x, t):
+        return SCHEDULE.one_minus_alpha_bar[t[0]].sqrt() * (x - centre(t[0])) / variance(t[0])
+
+    x_T = noise(1, 1, 32, 32)
+    exact = 0.1 + 0.2 * (x_T - centre(T)) / variance(T).sqrt()
+    x = x_T
+    for t, s in itertools.pairwise(ddpm.timesteps(50)):  # plain DDIM
+        x_0 = ddpm.predict_x_0(SCHEDULE, x, torch.tensor([t]), best(x, torch.tensor([t])))
+        x = ddpm.ddim_step(SCHEDULE, x, t, s, x_0, 0, eta=0)
+    ahead = ddpm.sample(best, SCHEDULE, x_T, 50, eta=0)
+    assert (ahead - exact).abs().mean() < (x - exact).abs().mean() / 5
 
 
 def test_a_seed_means_the_same_picture():
@@ -501,50 +519,38 @@ def test_a_seed_means_the_same_picture():
     walk = list(ddpm.reverse_process(any_model, SCHEDULE, noise(1, 1, 32, 32), 5))
     assert [t for t, _, _ in walk] == ddpm.timesteps(5)
     for t, x, x_0 in walk[:-1]:
-        assert torch.equal(ddpm.guess_x_0(any_model, SCHEDULE, x, torch.tensor([t])), x_0)
+        now = torch.tensor([t])
+        eps = ddpm.predict_eps(any_model, x, now)
+        assert torch.equal(ddpm.predict_x_0(SCHEDULE, x, now, eps), x_0)
     assert torch.equal(walk[-1][1], walk[-1][2])
 
 
-def test_the_guess_of_eps_against_bayes():
-    """Catches: a lost root or factor between the network and eps; a loss that is not Eq. 14.
-
-    A pixel that is +1 with probability p is asked for its mean, given x_t, by Bayes' rule
-    with the two densities written out; the network's part in it is half the log odds of p.
-    """
-    x_0 = noise(4, 1, 32, 32).sign()
-    eps, t = noise(4, 1, 32, 32, seed=1), torch.tensor([1, 20, 500, T])
-    a = torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, T)))[t - 1]
-    a = a.view(-1, 1, 1, 1)
-    x_t = a.sqrt() * x_0 + (1 - a).sqrt() * eps
-    p = torch.rand(4, 1, 32, 32, generator=seeded(2)).double()
-    plus = p.log() - (x_t - a.sqrt()) ** 2 / (2 * (1 - a))
-    minus = (1 - p).log() - (x_t + a.sqrt()) ** 2 / (2 * (1 - a))
-    mean = 2 * torch.softmax(torch.stack([plus, minus]), 0)[0] - 1
-    want = (x_t - a.sqrt() * mean) / (1 - a).sqrt()
-    seen = []
+def test_the_loss_by_hand():
+    """Catches: x_t for another t, a loss that is not Eq. 14."""
+    x_0, eps = noise(4, 1, 32, 32).sign(), noise(4, 1, 32, 32, seed=1)
+    t, seen = torch.tensor([1, 20, 500, T]), []
+    a = torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, T)))[t - 1].view(-1, 1, 1, 1)
 
     def network(x_t, times):
         seen.append((x_t, times))
-        return (0.5 * (p / (1 - p)).log()).float()
+        return any_model(x_t, times)
 
-    got = ddpm.guess_x_0(network, SCHEDULE, x_t.float(), t)
-    assert got.dtype == torch.float32 and torch.allclose(got.double(), mean, atol=1e-4)
-    got = ddpm.predict_eps(SCHEDULE, x_t.float(), t, got)
-    assert torch.allclose(got.double(), want, atol=1e-3)
     loss = ddpm.loss_fn(network, SCHEDULE, x_0, t, eps).item()
-    assert loss == pytest.approx((want - eps).square().mean().item(), rel=1e-3)
-    for x, times in seen:
-        assert torch.allclose(x, x_t.float(), atol=1e-5) and torch.equal(times, t)
+    ((x_t, times),) = seen
+    assert torch.allclose(x_t.double(), a.sqrt() * x_0 + (1 - a).sqrt() * eps, atol=1e-5)
+    assert torch.equal(times, t)
+    want = (any_model(x_t, t) - eps).square().sum().item() / (4 * 32 * 32)
+    assert loss == pytest.approx(want, rel=1e-5)
 
 
 def test_the_guess_is_the_same_in_bfloat16_but_for_rounding(monkeypatch):
-    """Catches: what must be exact (the schedule, x_0, eps) computed with 8 bits."""
+    """Catches: a guess that leaves predict_eps with 8 bits; autocast that is not used."""
     model, x, t = awake(ddpm.UNet()), noise(3, 1, 32, 32), torch.tensor([1, 300, T])
     with torch.no_grad():
         guesses = []
         for fast in (False, True):
             monkeypatch.setattr(ddpm, "fast_bfloat16", lambda device, fast=fast: fast)
-            guesses.append(ddpm.guess_x_0(model, SCHEDULE, x, t))
+            guesses.append(ddpm.predict_eps(model, x, t))
     assert guesses[0].dtype == guesses[1].dtype == torch.float32
     assert torch.allclose(*guesses, atol=0.1) and not torch.equal(*guesses)
 
@@ -968,13 +974,8 @@ def truncated(path, state):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def changed(change):
-    """Writes a checkpoint in which every weight has been replaced."""
-
-    def write(path, state):
-        torch.save({**state, "ema": {name: change(p) for name, p in state["ema"].items()}}, path)
-
-    return write
+def not_finite(path, state):
+    torch.save({**state, "ema": {name: p * math.nan for name, p in state["ema"].items()}}, path)
 
 
 BROKEN = {
@@ -986,12 +987,9 @@ BROKEN = {
     "bit rot": rotten,
     "bomb": bomb,
     "code": lambda path, state: torch.save({**state, "run": Evil()}, path),
-    "list": lambda path, state: torch.save([1, 2], path),
-    "no weights": lambda path, state: torch.save({"config": state["config"]}, path),
     "no flags": lambda path, state: torch.save({**state, "run": {}}, path),
     "other network": lambda path, state: torch.save({**state, "config": {"narrow": 16}}, path),
-    "not finite": changed(lambda p: p * math.nan),
-    "words for weights": changed(lambda p: "heavy"),
+    "not finite": not_finite,
 }
 
 
@@ -1079,7 +1077,7 @@ def test_the_weights_that_come_along():
     t = torch.full((16,), 200)
     x_t = ddpm.q_sample(SCHEDULE, x_0, t, noise(16, 1, 32, 32))
     with torch.no_grad():
-        guess = ddpm.guess_x_0(model, SCHEDULE, x_t, t)
+        guess = ddpm.predict_x_0(SCHEDULE, x_t, t, ddpm.predict_eps(model, x_t, t))
     assert (guess.sign() != x_0).float().sum((1, 2, 3)).mean() < 2
 
 

@@ -49,8 +49,7 @@ from torch import nn
 # Why a thousand small steps and not ten large ones? Many x_{t-1} could have led to x_t. If the step
 # is small, they all lie near x_t. There log q(x_{t-1}) is almost linear. Bayes' rule, in
 # logarithms, adds the parabola of Eq. 2. The sum is a parabola again, which means a Gaussian. That
-# is easy to model: the network has to learn only its mean. (Section 10 says how to do with fewer
-# steps.)
+# is easy to model: the network has to learn only its mean. (Section 10 shows how to use fewer.)
 
 T = 1000
 

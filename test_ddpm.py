@@ -141,6 +141,10 @@ def test_a_data_set_holds_what_it_says():
             boxes.append((top, left, bottom, right))
         for one, two in itertools.combinations(boxes, 2):
             assert max(one[0] - two[2], two[0] - one[2], one[1] - two[3], two[1] - one[3]) >= 4
+    # Every size of circle, and every pixel, comes up.
+    alone = [p for p, k in zip(pictures, found) if k == ["circle"]]
+    widths = np.bincount([p.any(0).sum() for p in alone])
+    assert min(widths[8:17:4]) > 20 and widths.sum() == widths[8:17:4].sum()
     used = pictures.mean(0)
     assert used.min() > 0.001 and np.abs(used - used[::-1, ::-1]).max() < 0.03
 
@@ -387,6 +391,13 @@ def any_model(x, t):
     return SCHEDULE.signal_and_noise(t)[1] * (0.9 * x + 0.1 * x.roll(1, 3).tanh())
 
 
+def best_for_a_gaussian(x, t):
+    """The best guess of eps if pixels are Gaussian, with mean 0.1 and deviation 0.2."""
+    a, n = SCHEDULE.alpha_bar[t[0]], SCHEDULE.one_minus_alpha_bar[t[0]]
+    x_0 = 0.1 + a.sqrt() * 0.2**2 / (a * 0.2**2 + n) * (x - a.sqrt() * 0.1)
+    return (x - a.sqrt() * x_0) / n.sqrt()
+
+
 def x_0_of(x_t, t, eps):
     """Eq. 4 solved for x_0, in float64."""
     a = np.cumprod(1 - np.linspace(1e-4, 0.02, T))[t - 1]
@@ -420,11 +431,11 @@ def test_ddim_at_eta_1_is_algorithm_2():
         two = ddpm.ddim_step(SCHEDULE, x_t, t, t - 1, x_0_of(x_t, t, eps), z, eta=1)
         assert torch.allclose(one, two, atol=2e-4), t
     x, generator = noise(2, 1, 8, 8), seeded(3)
-    got = ddpm.sample(any_model, SCHEDULE, x, generator=seeded(3))
+    got, other = (ddpm.sample(any_model, SCHEDULE, x, T, eta, seeded(3)) for eta in (1, 0.5))
     for t in range(T, 0, -1):
         z = torch.randn(x.shape, generator=generator)
         x = ddpm.ddpm_step(SCHEDULE, x, t, any_model(x, torch.tensor([t])), z)
-    assert torch.equal(got, x)
+    assert torch.equal(got, x) and not torch.allclose(got, other, atol=1e-2)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
@@ -444,15 +455,19 @@ def test_ddim_keeps_the_variance_that_eq_4_wants(eta):
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 20, 50, 999, 1000])
 def test_both_ends_of_the_schedule_are_visited(steps):
-    """Catches: sampling that starts below T or never reaches t = 1, repeated steps, t = 0 twice."""
+    """Catches: sampling that starts below T or never reaches t = 1, repeated steps."""
     times = ddpm.timesteps(steps)
     assert times[0] == T and times[-1] == 0 and len(times) == steps + 1
     assert all(a > b for a, b in itertools.pairwise(times))
     assert steps == 1 or times[-2] == 1
     assert steps < T or times == list(range(T, -1, -1))
-    for bad in (0, T + steps):
+
+
+def test_steps_out_of_range():
+    """Catches: a walk that never ends or visits t = 0 twice."""
+    for steps in (0, -1, T + 1):
         with pytest.raises(ValueError, match="steps must be between 1 and 1000"):
-            ddpm.timesteps(bad)
+            ddpm.timesteps(steps)
 
 
 @pytest.mark.parametrize("steps", [T, 100])
@@ -475,14 +490,9 @@ def test_the_perfect_network_gives_the_distribution_back(steps):
 
 
 def test_the_perfect_network_gives_a_spread_back():
-    """Catches: a wrong sigma. The data is Gaussian, mean 0.1 and deviation 0.2."""
-
-    def best(x, t):
-        a, n = SCHEDULE.alpha_bar[t[0]], SCHEDULE.one_minus_alpha_bar[t[0]]
-        x_0 = 0.1 + a.sqrt() * 0.2**2 / (a * 0.2**2 + n) * (x - a.sqrt() * 0.1)
-        return (x - a.sqrt() * x_0) / n.sqrt()
-
-    x = ddpm.sample(best, SCHEDULE, noise(10, 1, 32, 32), generator=seeded(1))
+    """Catches: a wrong sigma."""
+    x_T = noise(10, 1, 32, 32)
+    x = ddpm.sample(best_for_a_gaussian, SCHEDULE, x_T, generator=seeded(1))
     assert x.mean().item() == pytest.approx(0.1, abs=0.005)
     assert x.std().item() == pytest.approx(0.2, rel=0.03)
 
@@ -490,22 +500,17 @@ def test_the_perfect_network_gives_a_spread_back():
 def test_half_a_step_ahead_is_nearer_to_the_exact_path():
     """Catches: a guess moved the wrong way, or by a whole step; the last guess not kept.
 
-    The data is Gaussian, mean 0.1 and deviation 0.2. Without fresh noise x_T alone decides where
-    its path ends: as many deviations from the mean as it began.
+    For Gaussian data, without fresh noise, x_T alone decides where its path ends: as many
+    deviations from the mean as it began.
     """
-    variance = lambda t: 0.2**2 * SCHEDULE.alpha_bar[t] + SCHEDULE.one_minus_alpha_bar[t]
-    centre = lambda t: 0.1 * SCHEDULE.alpha_bar[t].sqrt()
-
-    def best(x, t):
-        return SCHEDULE.one_minus_alpha_bar[t[0]].sqrt() * (x - centre(t[0])) / variance(t[0])
-
-    x_T = noise(1, 1, 32, 32)
-    exact = 0.1 + 0.2 * (x_T - centre(T)) / variance(T).sqrt()
-    x = x_T
+    a, n = SCHEDULE.alpha_bar[T], SCHEDULE.one_minus_alpha_bar[T]
+    x = x_T = noise(1, 1, 32, 32)
+    exact = 0.1 + 0.2 * (x_T - a.sqrt() * 0.1) / (a * 0.2**2 + n).sqrt()
     for t, s in itertools.pairwise(ddpm.timesteps(50)):  # plain DDIM
-        x_0 = ddpm.predict_x_0(SCHEDULE, x, torch.tensor([t]), best(x, torch.tensor([t])))
+        now = torch.tensor([t])
+        x_0 = ddpm.predict_x_0(SCHEDULE, x, now, best_for_a_gaussian(x, now))
         x = ddpm.ddim_step(SCHEDULE, x, t, s, x_0, 0, eta=0)
-    ahead = ddpm.sample(best, SCHEDULE, x_T, 50, eta=0)
+    ahead = ddpm.sample(best_for_a_gaussian, SCHEDULE, x_T, 50, eta=0)
     assert (ahead - exact).abs().mean() < (x - exact).abs().mean() / 5
 
 

@@ -47,9 +47,10 @@ from torch import nn
 # small at first, when little noise is enough to hide details, and larger later.
 #
 # Why a thousand small steps and not ten large ones? Many x_{t-1} could have led to x_t. If the step
-# is small, they all lie near x_t. There log q(x_{t-1}) is almost linear. Bayes' rule, in
-# logarithms, adds the parabola of Eq. 2. The sum is a parabola again, which means a Gaussian. That
-# is easy to model: the network has to learn only its mean. (Section 10 shows how to use fewer.)
+# is small, they all lie near x_t. There log q(x_{t-1}), which does not know x_t, is almost linear.
+# Bayes' rule, in logarithms, adds the parabola of Eq. 2. The sum is a parabola again, which means a
+# Gaussian. That is easy to model: the network has to learn only its mean. (Section 10 shows how to
+# use fewer.)
 
 T = 1000
 
@@ -75,7 +76,7 @@ class Schedule:
         self.one_minus_alpha_bar = (1 - alpha_bar).float().to(device)
 
     def signal_and_noise(self, t):
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), to multiply pictures with.
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), the factors of picture and noise.
 
         t: int64 (B,), each in 0..T. Returns two float32 (B, 1, 1, 1).
         """
@@ -131,10 +132,10 @@ def predict_x_0(schedule, x_t, t, eps):
 
 
 # So a network that guesses eps also guesses x_0. Why not go straight from noise to this guess? At
-# large t very many pictures fit the same x_t. The guess c with the least squared error, which is
-# what training looks for (section 9), is their mean, since the mean of (c - x_0)^2 is (c - mean)^2
-# plus the variance of x_0. But the mean of many pictures is a grey blur. A small step follows this
-# guess only a little. Then there is less noise, fewer pictures fit, and the next guess is sharper.
+# large t very many pictures fit the same x_t. The guess c with the least squared error, which
+# training looks for (section 9), is their mean, since the mean of (c - x_0)^2 is (c - mean)^2 plus
+# the variance of x_0. But the mean of many pictures is a grey blur. A small step follows this guess
+# only a little. Then there is less noise, fewer pictures fit, and the next guess is sharper.
 
 # ==== 3. Telling the network the time =============================================================
 #
@@ -190,7 +191,7 @@ def zero(layer):
 
     Each block then begins as if f were absent, so the deep network begins like a shallow one, which
     is easier to train. In the first step only the last layer of the network gets a gradient, in the
-    second all but the earlier layers of each f and the layers of the time, then all.
+    second all but the time layers and the earlier layers of each f, then all.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -206,10 +207,10 @@ def zero(layer):
 #
 #     softmax(q k^T / sqrt(d)) v                              (Vaswani et al. 2017, Eq. 1)
 #
-# q k^T is the score of a query and a key, a sum of d products; such a sum typically grows like
-# sqrt(d). With large scores, the softmax would put all weight on one key and its gradient would be
-# almost 0; the division prevents this. Where a level has many channels, several "heads" do this
-# side by side with vectors of their own, so that a pixel can collect different things at once.
+# q k^T is the attention score of a query and a key, a sum of d products; such a sum typically grows
+# like sqrt(d). With large scores, the softmax would put all weight on one key and its gradient
+# would be almost 0; the division prevents this. Where a level has many channels, several "heads" do
+# this side by side with vectors of their own, so that a pixel can collect different things at once.
 #
 # The cost is the number of queries times the number of keys: 256 scores at 4x4, but a million at
 # 32x32. So attention works on at most 8x8 places: each block of pixels is averaged into one place,
@@ -294,20 +295,20 @@ class ResBlock(nn.Module):
 # There is attention at every level (on 8x8 places at most): in the middle, and on the way up, where
 # a level has both its own detail and the view from below.
 #
-# `python ddpm.py` prints the parameters and the multiplications of each part. The level 8x8 (down.2
-# and up.0) has the largest share of both, 50 % and 66 %: sizes and positions of all shapes are
-# multiples of 4 pixels, and one place at 8x8 is 4x4 pixels. So here there are three blocks on the
-# way up. The middle has 46 % of the parameters, but only 16 % of the multiplications: each weight
-# is used at 16 places. At 32x32 most weights are used at 1024 places, and 0.6 % of the parameters
-# account for 9 % of the multiplications. The tensors are largest there, too, and reading and
-# writing them takes time. So this level has only 16 channels.
+# Sizes and positions of all shapes are multiples of 4 pixels, and one place at 8x8 is 4x4 pixels.
+# So at 8x8 there are three blocks on the way up. `python ddpm.py` prints the parameters and the
+# multiplications of each part: this level (down.2 and up.0) has 50 % and 66 % of them. The middle
+# has 46 % of the parameters, but only 16 % of the multiplications: each weight is used at 16
+# places. At 32x32 most weights are used at 1024 places, and 0.6 % of the parameters account for 9 %
+# of the multiplications. The tensors are largest there, too, and reading and writing them takes
+# time. So this level has only 16 channels.
 
 
 class Middle(nn.Module):
     """The bottom: (B, c_in, 4, 4) -> (B, bottleneck, 4, 4).
 
     A 3x3 convolution from 512 to 512 channels has 2.4 million weights, and a block has two. So the
-    blocks here have few channels inside: block2, 512 -> 64 -> 512, has 0.6 million in its two.
+    blocks here have few channels inside: block2, 512 -> 64 -> 512, has 0.6 million in both.
     """
 
     def __init__(self, c_in, bottleneck, narrow, time_dim):
@@ -341,7 +342,7 @@ class Up(nn.Module):
 class UNet(nn.Module):
     """The network. Section 8 says what it returns.
 
-    channels: at 32x32, 16x16 and 8x8. bottleneck: at 4x4. narrow: inside the blocks at 4x4.
+    channels: at 32x32, 16x16 and 8x8. bottleneck: at 4x4. narrow: inside the parts of Middle.
     time_dim: size of the time vector, even. All numbers of channels are multiples of 8 and, above
     32, of 32.
     """
@@ -387,16 +388,17 @@ class UNet(nn.Module):
 # Before any training the guess is 0 (the last layer is zero-initialised), and its mean squared
 # error is the variance of eps, 1.
 #
-# It could as well guess x_0, since each gives the other (Eq. 4). What differs is how errors count:
-# the squared error in eps is that in x_0 times alpha_bar / (1 - alpha_bar), the signal-to-noise
-# ratio. So an error in eps counts much where the picture can be seen, and little where x_0 can only
-# be a grey blur.
+# It could just as well guess x_0, since each gives the other (Eq. 4). What differs is how errors
+# count: the squared error in eps is that in x_0 times alpha_bar / (1 - alpha_bar), the
+# signal-to-noise ratio. So an error in x_0 counts much where the picture can be seen, and little
+# where it can only be a grey blur.
 #
-# The other way round, predict_x_0 makes an error in eps 157 times as large at t = T. A step back
-# takes almost none of it along: there Eq. 7 (section 9) multiplies x_0 by 0.0001. At t = 1 an error
-# in eps becomes a hundred times smaller. And at small t all pictures that fit x_t agree on almost
-# every pixel, so the guess, their mean, is near -1 or +1. So Algorithm 2 needs no clipping: of the
-# pixels of 16 samples 99.99 % were within 0.05 of -1 or +1.
+# Conversely, predict_x_0 magnifies an error in eps, 157 times at t = T. But a small step back takes
+# little of the guess: at t = T Eq. 7 (section 9) multiplies x_0 by 0.0001. At t = 1 an error in eps
+# becomes a hundred times smaller, and the last step returns the guess itself. At small t all
+# pictures that fit x_t agree on almost every pixel, so the guess, their mean, is near -1 or +1. So
+# Algorithm 2 (section 10) needs no clipping: of the pixels of 16 samples 99.99 % were within 0.05
+# of -1 or +1.
 
 
 @cache
@@ -415,21 +417,21 @@ def predict_eps(model, x_t, t):
     x_t: float (B, 1, 32, 32). t: int64 (B,), in 1..T.
     """
     device = x_t.device.type
-    # autocast computes products and convolutions in bfloat16, which is faster. The weights, and all
-    # outside the network, stay float32.
+    # autocast computes products and convolutions in bfloat16, which is faster. The weights, and
+    # everything outside the network, stay float32.
     with torch.autocast(device, torch.bfloat16, enabled=fast_bfloat16(device)):
         return model(x_t, t).float()
 
 
 # ==== 9. The step back, the loss and Algorithm 1 ==================================================
 #
-# If x_0 were known, so would be the distribution of x_{t-1}. We would know two things about it. By
-# Eq. 4, x_{t-1} is Gaussian around sqrt(alpha_bar_{t-1}) x_0 with variance 1 - alpha_bar_{t-1}. And
-# x_t came from it: Eq. 2, read as a function of x_{t-1}, is a Gaussian around x_t / sqrt(alpha_t)
-# with variance beta_t / alpha_t. Bayes' rule multiplies the two. The product of two Gaussians is
-# again one: their precisions (1 / variance) add up, here to
-# (1 - alpha_bar_t) / (beta_t (1 - alpha_bar_{t-1})), and its centre is the average of theirs,
-# weighted by precision. So q(x_{t-1} | x_t, x_0) has this mean and variance (Eq. 7):
+# If x_0 were known, we would know two things about x_{t-1}. By Eq. 4, x_{t-1} is Gaussian around
+# sqrt(alpha_bar_{t-1}) x_0 with variance 1 - alpha_bar_{t-1}. And x_t came from it: Eq. 2, read as
+# a function of x_{t-1}, is a Gaussian around x_t / sqrt(alpha_t) with variance beta_t / alpha_t.
+# Bayes' rule multiplies the two. The product of two Gaussians is again one: their precisions
+# (1 / variance) add up, here to (1 - alpha_bar_t) / (beta_t (1 - alpha_bar_{t-1})), and its centre
+# is the average of theirs, weighted by precision. So q(x_{t-1} | x_t, x_0) has this mean and
+# variance (Eq. 7):
 #
 #     mu = [ sqrt(alpha_bar_{t-1}) beta_t x_0
 #          + sqrt(alpha_t) (1 - alpha_bar_{t-1}) x_t ] / (1 - alpha_bar_t)
@@ -467,13 +469,13 @@ def predict_eps(model, x_t, t):
 #   beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) * || eps - eps_theta(x_t, t) ||^2
 #
 # averaged over x_0 and eps. The paper drops the factor in front and keeps the square (Eq. 14). This
-# does not change the best guess: at each t the same guess is best, whatever weight that t has. The
-# weights only say where to try hardest. With sigma_t^2 = beta_t, the first of the paper's two
-# choices (section 10), the factor falls from 0.27 at t = 2 to 0.005 at t = 349 and rises again to
-# 0.01 at t = T. At t = 2 the noise is 1.5 % of the picture and hard for a network to measure
-# exactly: after training the error is 0.042 there, and 0.007 at t = 500. With the factor t = 2
-# counts 300 times as much as t = 500, without it 6 times. Errors at such small t cannot be seen.
-# Eq. 14 leaves more of the effort to larger t, where pictures take shape (Ho, Section 3.4).
+# does not change the best guess, which is the same at each t, whatever its weight. The weights only
+# say where to try hardest. With sigma_t^2 = beta_t, the first of the paper's two choices (section
+# 10), the factor falls from 0.27 at t = 2 to 0.005 at t = 349 and rises again to 0.01 at t = T. At
+# t = 2 the noise is 1.5 % of the picture and hard for a network to measure exactly: after training
+# the error is 0.042 there, and 0.007 at t = 500. With the factor t = 2 counts 300 times as much as
+# t = 500, without it 6 times. Errors at such small t cannot be seen. Eq. 14 leaves more of the
+# effort for larger t, where pictures take shape (Ho, Section 3.4).
 
 
 def loss_fn(model, schedule, x_0, t, eps):
@@ -488,24 +490,24 @@ def loss_fn(model, schedule, x_0, t, eps):
 
 # Algorithm 1 repeats: take pictures x_0, draw t and eps, take a gradient step on Eq. 14. (The loop
 # is in train.py.) Which t are hard? The table shows the loss, times 10,000, after 10 and after all
-# 100 epochs (passes over the data) of `python train.py` (sample.py --score prints it):
+# 100 epochs (passes over the data) of `python train.py` (sample.py --score prints one):
 #
 #     t               2     20    100    300    400    500    600    700    800   1000
 #     epoch 10     1731    277     66     14     24     87     87     35     10    2.5
 #     epoch 100     420     32    8.9    2.2     11     70     82     34    8.6    0.6
 #
 # At small t x_0 can be seen, so the error could be almost 0; training brings it closer. At large t
-# x_0 cannot be known, but hardly counts (section 8). In between it counts, and it is only becoming
-# clear which picture it is: no network can remove this part of the error. The paper draws t
-# uniformly from 1..T. We draw four out of five t from 350..750, where the picture is decided, and
-# the rest uniformly, so that no t is forgotten. A t in 350..750 then counts 11 times as much in the
-# training loss as another one. The validation loss, the loss on pictures that are not trained on,
-# keeps t uniform, as in Eq. 14.
+# x_0 cannot be known, but hardly counts (section 8). In between it counts, and it is just becoming
+# clear which picture it is. Most of the error there is doubt that no network can remove. So the
+# mean over all t goes flat above 0, and what it still loses is mostly error at small t, which
+# nobody sees. Meanwhile the samples improve: from the first row to the second, the share of right
+# ones (shapes.py says which are right), drawn in 50 steps, rose from 85 to 96 %. This is most
+# likely due to the smaller change at t = 400 and 500, where a wrong guess leads to a wrong picture.
 #
-# The mean over all t hardly says how good the samples are. Most of what training still removes is
-# error at small t, which nobody sees. What improves the samples is the smaller change at t = 400
-# and 500. From the first row to the second, the share of right samples (shapes.py says which are
-# right), drawn in 50 steps, rose from 85 to 96 %.
+# The paper draws t uniformly from 1..T. We draw four out of five t from 350..750, where the picture
+# is decided, and the rest uniformly, so that no t is forgotten. A t in 350..750 then counts 11
+# times as much in the training loss as any other t. The validation loss, the loss on pictures that
+# are not trained on, keeps t uniform, as in Eq. 14; the two losses cannot be compared.
 
 FOCUS, FOCUS_SHARE = (350, 750), 0.8
 
@@ -553,8 +555,8 @@ class EMA:
 # ==== 10. The reverse process: from noise to a picture ============================================
 #
 # Sampling follows p(x_{t-1} | x_t) = N(mu, sigma_t^2 I) from t = T down to 1, with mu of Eq. 11.
-# Each step takes the mean and adds noise. The mean alone, of all x_{t-1} that could have led to
-# x_t, would have less noise than the network expects at t - 1.
+# Each step takes the mean and adds noise. The mean of all x_{t-1} that fit x_t has less noise than
+# the network expects at t - 1.
 
 
 def ddpm_step(schedule, x_t, t, eps, z):
@@ -582,12 +584,12 @@ def ddpm_step(schedule, x_t, t, eps, z):
 # -eps_theta / sqrt(1 - alpha_bar_t) is the score, and Algorithm 2 resembles Langevin dynamics: a
 # step uphill, a little fresh noise, and again (Ho, Section 3.2; Song & Ermon 2019).
 #
-# A thousand steps take time, and are needed only if each is to be a Gaussian around Eq. 11. Song,
+# A thousand steps take time. They are needed only because each is to be Gaussian (section 1). Song,
 # Meng & Ermon, "Denoising Diffusion Implicit Models" (2021, arXiv 2010.02502), noticed that Eq. 14
 # uses only Eq. 4, q(x_t | x_0), and never the path from x_0 to x_t. So the same trained network can
-# jump from t to any smaller s: guess x_0 and eps, and mix them again as Eq. 4 does at s. A part of
-# the noise, of variance sigma^2, may be fresh. Their Eq. 12 and Eq. 16 (they write alpha for Ho's
-# alpha_bar) are
+# jump from t to any smaller s: guess x_0 and eps, and mix them again as Eq. 4 does at s. Of the
+# noise, which has variance 1 - alpha_bar_s there, a part sigma^2 may be fresh. Their Eq. 12 and Eq.
+# 16 (they write alpha for Ho's alpha_bar) are
 #
 #     x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z
 #     sigma = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)
@@ -620,12 +622,13 @@ def timesteps(steps):
     return [round(t) for t in np.linspace(T, 1, steps)] + [0]
 
 
-# The price of fewer steps: each guess is followed further before it is corrected. Better than the
-# guess from the start of a step would be the one from its middle. The last two guesses say about
-# where that will be: half a step further in the direction in which they move, clipped to [-1, 1].
-# (This is the Adams-Bashforth method. DPM-Solver++ does it with another measure of length: Lu et
-# al. 2022, arXiv 2211.01095, their Algorithm 2.) Without this, right samples drawn in 20 steps have
-# too few shapes: 44 % have one, in the data 36 %; with it, too, 36 %.
+# The price of fewer steps: each guess is followed further before it is corrected. A guess from the
+# middle of the step would be better than the one from its start, because the guess keeps moving.
+# The last two guesses say roughly where it will be: half a step further in the same direction.
+# (DPM-Solver++ does this too, but measures steps in log SNR and not in t: Lu et al. 2022, arXiv
+# 2211.01095, their Algorithm 2.) Without this, right samples drawn in 20 steps have too few shapes:
+# 44 % have only one; with it 36 % do, as in the data. It is clipped to [-1, 1]: with 5 steps 32 %
+# of all pixels would end more than 0.05 away from -1 and +1 otherwise, and 2 % do so.
 
 
 @torch.no_grad()
@@ -664,22 +667,22 @@ def sample(model, schedule, x_T, steps=T, eta=1.0, generator=None):
 
 # ==== 11. What to change for something else =======================================================
 #
-# 64x64 pictures: SIZE in shapes.py, and one more level in UNet (`channels` and what is made of it,
+# 64x64 pictures: SIZE in shapes.py, and one more level in UNet (`channels` and what depends on it,
 #   the names and the input in `table`, 32 in train.py, and the levels in `save_inside` of
 #   sample.py). With more pixels a shape remains visible under more noise: shift FOCUS to larger t.
-# Colour: 3 channels into `stem` and `table`, 3 out of `out`, 3 in x_T (train.py, sample.py), and
-#   pictures (B, 3, 32, 32), scaled to [-1, 1]. Nothing here needs pixels to be -1 or +1, except
-#   shapes.py and its score. Clip the samples to [-1, 1]. `optimizers_for` in train.py tells the
-#   first and last layer by their one channel.
+# Colour: 3 input channels in `stem` and `table`, 3 output channels in `out`, 3 channels in x_T
+#   (train.py, sample.py), and pictures (B, 3, 32, 32), scaled to [-1, 1]. Nothing here needs pixels
+#   to be -1 or +1, except shapes.py and its score. Clip the samples to [-1, 1]. `optimizers_for` in
+#   train.py recognises the first and last layer by their one channel.
 # Another schedule: `beta` in Schedule. For the cosine schedule of Nichol & Dhariwal 2021 (arXiv
 #   2102.09672, Eq. 17) alpha_bar_t = f(t) / f(0), f(t) = cos((t / T + 0.008) / 1.008 * pi / 2)^2;
 #   beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.1. (Theirs is at most 0.999; then
-#   predict_x_0 makes an error at t = T 20,000 times as large, and x_0 must be clipped.) FOCUS
+#   predict_x_0 magnifies an error at t = T 20,000 times, and x_0 must be clipped.) FOCUS
 #   should then cover the same signal-to-noise ratios as before.
 # "A triangle, please": class conditioning. A vector for each kind, nn.Embedding(4 + 1, time_dim),
-#   is added to `time` in UNet.forward. make_dataset must draw one shape a picture and return its
-#   kind, and every call on the way to the network must pass it on. A tenth of the pictures is
-#   trained with the fifth vector, "any kind". In sampling run the network twice and use
+#   is added to `time` in UNet.forward. make_dataset must draw one shape per picture and return its
+#   kind, and every call on the way to the network must pass it on. Train a tenth of the
+#   pictures with the fifth vector, "any kind". In sampling run the network twice and use
 #   eps_any + w (eps_kind - eps_any) with w > 1, which exaggerates what the kind changes:
 #   classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).
 
@@ -687,9 +690,9 @@ def sample(model, schedule, x_T, steps=T, eta=1.0, generator=None):
 
 
 def pick_device(name):
-    """Returns name if this device is there, or the first of cuda, mps and cpu for "auto".
+    """Returns name if this device is available, or the first of cuda, mps and cpu for "auto".
 
-    Ends the program with one line if it is not there.
+    Ends the program with one line if it is not.
     """
     found = {
         "cuda": torch.cuda.is_available(),

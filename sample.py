@@ -226,16 +226,16 @@ def save_inside(path, model, schedule, seed):
     y, x = white[len(white) // 2].tolist()
     panels = bottom.subplots(1, len(levels) - 2)
     panels[0].imshow(x_0[0, 0].numpy(), cmap="gray")
+    panels[0].plot(x, y, "o", color="red", markersize=5)
     panels[0].set_title("query: the red pixel", fontsize=9)
     for axes, level in zip(panels[1:], levels[3:]):
         weights = seen[level.attention.softmax][0].mean(0)  # (M, M), the mean of all heads
         side, size = math.isqrt(len(weights)), seen[level].shape[3]
-        row, column = y * side // shapes.SIZE, x * side // shapes.SIZE
-        picture = weights[row * side + column].view(side, side)
-        axes.imshow(picture.numpy(), cmap="gray", vmin=0, extent=(-0.5, 31.5, 31.5, -0.5))
+        row, column = y * side // shapes.SIZE, x * side // shapes.SIZE  # the place of the pixel
+        axes.imshow(weights[row * side + column].view(side, side).numpy(), cmap="gray", vmin=0)
+        axes.plot(column, row, "o", color="red", markersize=5)
         axes.set_title(f"attention at {size}x{size}\n{side}x{side} places", fontsize=9)
     for axes in panels:
-        axes.plot(x, y, "o", color="red", markersize=5)
         axes.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=100)
 

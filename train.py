@@ -186,7 +186,7 @@ def save_curve(path, history):
     ):
         rows = [row for row in history if key in row]
         axes.plot([row["minutes"] for row in rows], [row[key] for row in rows], style, label=label)
-    left.set(xlabel="minutes", ylabel="loss (Eq. 14)", yscale="log")
+    left.set(xlabel="minutes", ylabel="loss (mean squared error)", yscale="log")
     right.set(ylabel="share of samples", ylim=(0, None))
     figure.legend(loc="outside upper center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=120)

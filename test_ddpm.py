@@ -30,6 +30,8 @@ import train
 
 HERE = Path(__file__).parent
 T = ddpm.T
+BETA = np.append(0, np.linspace(1e-4, 0.02, T))  # in float64, apart from ddpm.py
+ALPHA_BAR = np.cumprod(1 - BETA)
 SCHEDULE = ddpm.Schedule()
 SMALL = ((8, 8, 8), 16, 8, 16)  # the arguments of a small UNet
 
@@ -239,8 +241,7 @@ def test_one_jump_equals_a_thousand_steps():
     """Catches: a wrong q(x_t | x_0). Eq. 2 is applied step by step, Eq. 4 is not used."""
     mean, variance = 1.0, 0.0  # of x_t for x_0 = 1, by the rules for sums of Gaussians
     x, generator = torch.full((20_000,), 0.7), seeded(0)
-    for t in range(1, T + 1):
-        beta = 1e-4 + (0.02 - 1e-4) * (t - 1) / (T - 1)
+    for t, beta in enumerate(BETA[1:], start=1):
         mean, variance = math.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
         x = math.sqrt(1 - beta) * x + math.sqrt(beta) * torch.randn(x.shape, generator=generator)
         one, at = torch.ones(1, 1, 1, 1), torch.tensor([t])
@@ -400,17 +401,15 @@ def best_for_a_gaussian(x, t):
 
 def x_0_of(x_t, t, eps):
     """Eq. 4 solved for x_0, in float64."""
-    a = np.cumprod(1 - np.linspace(1e-4, 0.02, T))[t - 1]
+    a = ALPHA_BAR[t]
     return ((x_t.double() - math.sqrt(1 - a) * eps.double()) / math.sqrt(a)).float()
 
 
 def test_eq_11_is_eq_7_with_the_predicted_x_0():
     """Catches: a wrong coefficient in Algorithm 2, alpha for alpha_bar, noise at the end."""
-    a_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, T))
     x_t, eps, z = (noise(1, 1, 4, 4), noise(1, 1, 4, 4, seed=1), noise(1, 1, 4, 4, seed=2))
     for t in range(1, T + 1):
-        beta, now = 1e-4 + (0.02 - 1e-4) * (t - 1) / (T - 1), a_bar[t - 1]
-        before = a_bar[t - 2] if t > 1 else 1.0
+        beta, now, before = BETA[t], ALPHA_BAR[t], ALPHA_BAR[t - 1]
         x_0 = (x_t.double() - math.sqrt(1 - now) * eps.double()) / math.sqrt(now)
         mean = math.sqrt(before) * beta / (1 - now) * x_0
         mean += math.sqrt(1 - beta) * (1 - before) / (1 - now) * x_t.double()
@@ -441,7 +440,7 @@ def test_ddim_at_eta_1_is_algorithm_2():
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_ddim_keeps_the_variance_that_eq_4_wants(eta):
     """Catches: eta for eta squared, sigma that is added but not taken from the rest."""
-    a = np.append(1, np.cumprod(1 - np.linspace(1e-4, 0.02, T)))
+    a = ALPHA_BAR
     x_0, eps = noise(1, 1, 8, 8), noise(1, 1, 8, 8, seed=1)
     for t, s in [(T, 500), (500, 499), (300, 20), (20, 1), (T, 0)]:
         # With z = 1 less z = 0 only sigma is left: DDIM, Eq. 16.
@@ -534,7 +533,7 @@ def test_the_loss_by_hand():
     """Catches: x_t for another t, a loss that is not Eq. 14."""
     x_0, eps = noise(4, 1, 32, 32).sign(), noise(4, 1, 32, 32, seed=1)
     t, seen = torch.tensor([1, 20, 500, T]), []
-    a = torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, T)))[t - 1].view(-1, 1, 1, 1)
+    a = torch.from_numpy(ALPHA_BAR)[t].view(-1, 1, 1, 1)
 
     def network(x_t, times):
         seen.append((x_t, times))

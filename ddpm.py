@@ -47,10 +47,10 @@ from torch import nn
 # small at first, when little noise is enough to hide details, and larger later.
 #
 # Why a thousand small steps and not ten large ones? Many x_{t-1} could have led to x_t. If the step
-# is small, they all lie near x_t. There log q(x_{t-1}), which does not know x_t, is almost linear.
-# Bayes' rule, in logarithms, adds the parabola of Eq. 2. The sum is a parabola again, which means a
-# Gaussian. That is easy to model: the network has to learn only its mean. (Section 10 shows how to
-# use fewer.)
+# is small, they all lie near x_t. There log q(x_{t-1}), with x_t not given, is almost linear (or,
+# at small t, a parabola itself). Bayes' rule, in logarithms, adds the parabola of Eq. 2. The sum is
+# a parabola again, which means a Gaussian. That is easy to model: the network has to learn only its
+# mean. (Section 10 shows how to use fewer.)
 
 T = 1000
 
@@ -132,10 +132,10 @@ def predict_x_0(schedule, x_t, t, eps):
 
 
 # So a network that guesses eps also guesses x_0. Why not go straight from noise to this guess? At
-# large t very many pictures fit the same x_t. The guess c with the least squared error, which
-# training looks for (section 9), is their mean, since the mean of (c - x_0)^2 is (c - mean)^2 plus
-# the variance of x_0. But the mean of many pictures is a grey blur. A small step follows this guess
-# only a little. Then there is less noise, fewer pictures fit, and the next guess is sharper.
+# large t very many pictures fit the same x_t. Training (section 9) looks for the guess c of least
+# squared error. That is their mean: on average (c - x_0)^2 is (c - mean)^2 plus the variance of
+# x_0. But the mean of many pictures is a grey blur. A small step follows this guess only a little.
+# Then there is less noise, fewer pictures fit, and the next guess is sharper.
 
 # ==== 3. Telling the network the time =============================================================
 #
@@ -190,8 +190,8 @@ def zero(layer):
     x + f(x) (sections 5 and 6), for the last layer of f.
 
     Each block then begins as if f were absent, so the deep network begins like a shallow one, which
-    is easier to train. In the first step only the last layer of the network gets a gradient, in the
-    second all but the time layers and the earlier layers of each f, then all.
+    is easier to train. In the first step only the last layer of the network gets a gradient. In the
+    second the time layers and the earlier layers of each f still get none. Then all do.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -297,11 +297,11 @@ class ResBlock(nn.Module):
 #
 # Sizes and positions of all shapes are multiples of 4 pixels, and one place at 8x8 is 4x4 pixels.
 # So at 8x8 there are three blocks on the way up. `python ddpm.py` prints the parameters and the
-# multiplications of each part: this level (down.2 and up.0) has 50 % and 66 % of them. The middle
-# has 46 % of the parameters, but only 16 % of the multiplications: each weight is used at 16
-# places. At 32x32 most weights are used at 1024 places, and 0.6 % of the parameters account for 9 %
-# of the multiplications. The tensors are largest there, too, and reading and writing them takes
-# time. So this level has only 16 channels.
+# multiplications of each part: this level (down.2 and up.0) has 50 % of the parameters and 66 % of
+# the multiplications. The middle has 46 % and 16 %: each weight is used at only 16 places. At 32x32
+# most weights are used at 1024 places, and 0.6 % of the parameters account for 9 % of the
+# multiplications. The tensors are largest there, too, and reading and writing them takes time. So
+# this level has only 16 channels.
 
 
 class Middle(nn.Module):
@@ -394,11 +394,10 @@ class UNet(nn.Module):
 # where it can only be a grey blur.
 #
 # Conversely, predict_x_0 magnifies an error in eps, 157 times at t = T. But a small step back takes
-# little of the guess: at t = T Eq. 7 (section 9) multiplies x_0 by 0.0001. At t = 1 an error in eps
-# becomes a hundred times smaller, and the last step returns the guess itself. At small t all
-# pictures that fit x_t agree on almost every pixel, so the guess, their mean, is near -1 or +1. So
-# Algorithm 2 (section 10) needs no clipping: of the pixels of 16 samples 99.99 % were within 0.05
-# of -1 or +1.
+# little of this x_0: at t = T Eq. 7 (section 9) multiplies it by 0.0001. At t = 1 an error in eps
+# is a hundred times smaller in x_0, and the last step returns this x_0. At small t all pictures
+# that fit x_t agree on almost every pixel, so x_0, their mean, is near -1 or +1. So Algorithm 2
+# (section 10) needs no clipping: of the pixels of 16 samples 99.99 % were within 0.05 of -1 or +1.
 
 
 @cache
@@ -453,29 +452,29 @@ def predict_eps(model, x_t, t):
 # Which loss? A reverse step is p(x_{t-1} | x_t) = N(mu_theta(x_t, t), sigma_t^2 I) (Eq. 1; Ho,
 # Section 3.2, fixes the variance; section 10 chooses it). We would like to make p(x_0) large for
 # the pictures that we have (maximum likelihood). But p(x_0) is an integral over all paths x_1, ...,
-# x_T that end in x_0, and cannot be computed. What can be computed is an upper bound of -log p(x_0)
-# (Eq. 3, Eq. 5): one KL divergence for each t above 1, another term for t = 1, and a term without
-# the network. A KL divergence measures how far one distribution, q, is from another, p: it is the
-# mean of log q - log p over q. Here p is the reverse step, and q is q(x_{t-1} | x_t, x_0), the step
-# back if x_0 is known, as it is in training. Both are Gaussian, and their variances are not
-# learned. With x for x_{t-1}, log p is a constant minus (x - mu_theta)^2 / (2 sigma_t^2). The mean
-# of (x - mu_theta)^2 over q is (mu - mu_theta)^2 plus the variance of q, on which the network has
-# no influence. So what counts is the squared difference of the two means, divided by 2 sigma_t^2
-# (Eq. 8).
+# x_T that end in x_0, and cannot be computed. What can be computed is, by Jensen's inequality, an
+# upper bound of -log p(x_0) (Eq. 3, Eq. 5): one KL divergence for each t above 1, another term for
+# t = 1, and a term without the network. A KL divergence measures how far one distribution, q, is
+# from another, p: it is the mean of log q - log p over q. Here p is the reverse step, and q is
+# q(x_{t-1} | x_t, x_0), the step back if x_0 is known, as it is in training. Both are Gaussian, and
+# their variances are not learned. With x for x_{t-1}, log p is a constant minus
+# (x - mu_theta)^2 / (2 sigma_t^2). The mean of (x - mu_theta)^2 over q is (mu - mu_theta)^2 plus
+# the variance of q, on which the network has no influence. So what counts is the squared difference
+# of the two means, divided by 2 sigma_t^2 (Eq. 8).
 #
 # Both means follow from x_t and eps in the same way (Eq. 11), one with the true eps and one with
 # the guess eps_theta. So the term for t becomes (Eq. 12)
 #
 #   beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) * || eps - eps_theta(x_t, t) ||^2
 #
-# averaged over x_0 and eps. The paper drops the factor in front and keeps the square (Eq. 14). This
-# does not change the best guess, which is the same at each t, whatever its weight. The weights only
-# say where to try hardest. With sigma_t^2 = beta_t, the first of the paper's two choices (section
-# 10), the factor falls from 0.27 at t = 2 to 0.005 at t = 349 and rises again to 0.01 at t = T. At
-# t = 2 the noise is 1.5 % of the picture and hard for a network to measure exactly: after training
-# the error is 0.042 there, and 0.007 at t = 500. With the factor t = 2 counts 300 times as much as
-# t = 500, without it 6 times. Errors at such small t cannot be seen. Eq. 14 leaves more of the
-# effort for larger t, where pictures take shape (Ho, Section 3.4).
+# averaged over x_0 and eps. The paper drops the factor in front and keeps the square, for all t
+# (Eq. 14). At each t the best guess is the same, whatever the factor. The factors only say where to
+# try hardest. With sigma_t^2 = beta_t, the first of the paper's two choices (section 10), the
+# factor falls from 0.27 at t = 2 to 0.005 at t = 349 and rises again to 0.01 at t = T. At t = 2 the
+# noise is 1.5 % of the picture and hard for a network to measure exactly: after training the error
+# is 0.042 there, and 0.007 at t = 500. With the factor t = 2 counts 300 times as much as t = 500,
+# without it 6 times. Errors at such small t cannot be seen. Eq. 14 leaves more of the effort for
+# larger t, where pictures take shape (Ho, Section 3.4).
 
 
 def loss_fn(model, schedule, x_0, t, eps):
@@ -499,10 +498,10 @@ def loss_fn(model, schedule, x_0, t, eps):
 # At small t x_0 can be seen, so the error could be almost 0; training brings it closer. At large t
 # x_0 cannot be known, but hardly counts (section 8). In between it counts, and it is just becoming
 # clear which picture it is. Most of the error there is doubt that no network can remove. So the
-# mean over all t goes flat above 0, and what it still loses is mostly error at small t, which
-# nobody sees. Meanwhile the samples improve: from the first row to the second, the share of right
-# ones (shapes.py says which are right), drawn in 50 steps, rose from 85 to 96 %. This is most
-# likely due to the smaller change at t = 400 and 500, where a wrong guess leads to a wrong picture.
+# mean over all t goes flat above 0, and late in training it falls mostly at small t, where nobody
+# sees it. Meanwhile the samples improve: from the first row to the second, the share of right ones
+# (pixel for pixel, see shapes.py), drawn in 50 steps, rose from 85 to 96 %. Most likely this comes
+# from the small fall at t = 400 and 500, where a wrong guess leads to a wrong picture.
 #
 # The paper draws t uniformly from 1..T. We draw four out of five t from 350..750, where the picture
 # is decided, and the rest uniformly, so that no t is forgotten. A t in 350..750 then counts 11
@@ -579,23 +578,25 @@ def ddpm_step(schedule, x_t, t, eps, z):
 
 # There is another view of this step. The gradient of log q(x_t) with respect to x_t is called the
 # score; it points to where pictures are more likely. For one known x_0 it is, by Eq. 4,
-# -eps / sqrt(1 - alpha_bar_t). The score of q(x_t) is the mean of this over all x_0 that fit x_t,
-# and a network trained with squared error learns the mean of eps. So
-# -eps_theta / sqrt(1 - alpha_bar_t) is the score, and Algorithm 2 resembles Langevin dynamics: a
-# step uphill, a little fresh noise, and again (Ho, Section 3.2; Song & Ermon 2019).
+# -eps / sqrt(1 - alpha_bar_t). q(x_t) is the sum of q(x_t | x_0) over all pictures, so its score is
+# the mean of this over all x_0 that fit x_t; and a network trained with squared error learns the
+# mean of eps. So -eps_theta / sqrt(1 - alpha_bar_t) is the score, and Algorithm 2 resembles
+# Langevin dynamics: a step uphill, a little fresh noise, and again (Ho, Section 3.2; Song & Ermon
+# 2019).
 #
-# A thousand steps take time. They are needed only because each is to be Gaussian (section 1). Song,
-# Meng & Ermon, "Denoising Diffusion Implicit Models" (2021, arXiv 2010.02502), noticed that Eq. 14
-# uses only Eq. 4, q(x_t | x_0), and never the path from x_0 to x_t. So the same trained network can
-# jump from t to any smaller s: guess x_0 and eps, and mix them again as Eq. 4 does at s. Of the
-# noise, which has variance 1 - alpha_bar_s there, a part sigma^2 may be fresh. Their Eq. 12 and Eq.
+# A thousand steps take time. Algorithm 2 needs them, since each is to be Gaussian (section 1).
+# Song, Meng & Ermon, "Denoising Diffusion Implicit Models" (2021, arXiv 2010.02502), noticed that
+# Eq. 14 uses only Eq. 4, q(x_t | x_0), and never the path from x_0 to x_t. So the same trained
+# network can jump from t to any smaller s: guess x_0 and eps, and mix them again as Eq. 4 does at
+# s. Of the noise variance at s, 1 - alpha_bar_s, a part sigma^2 may be fresh. Their Eq. 12 and Eq.
 # 16 (they write alpha for Ho's alpha_bar) are
 #
 #     x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z
 #     sigma = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)
 #
 # with eta from 0 to 1. At eta = 0 nothing is random after x_T: all the noise that x_s needs is the
-# guessed one. At eta = 1 and s = t - 1 this is ddpm_step again.
+# guessed one. At eta = 1 sigma^2 is Eq. 7's variance, for a single step from t to s, whose beta is
+# 1 - alpha_bar_t / alpha_bar_s. So with s = t - 1 this is ddpm_step again.
 
 
 def ddim_step(schedule, x_t, t, s, x_0, z, eta):
@@ -626,9 +627,9 @@ def timesteps(steps):
 # middle of the step would be better than the one from its start, because the guess keeps moving.
 # The last two guesses say roughly where it will be: half a step further in the same direction.
 # (DPM-Solver++ does this too, but measures steps in log SNR and not in t: Lu et al. 2022, arXiv
-# 2211.01095, their Algorithm 2.) Without this, right samples drawn in 20 steps have too few shapes:
-# 44 % have only one; with it 36 % do, as in the data. It is clipped to [-1, 1]: with 5 steps 32 %
-# of all pixels would end more than 0.05 away from -1 and +1 otherwise, and 2 % do so.
+# 2211.01095, their Algorithm 2.) Of the right samples drawn in 20 steps 36 % have one shape, as in
+# the data; without this 44 %. The result is clipped to [-1, 1]: with 5 steps, 2 % of all pixels end
+# more than 0.05 away from -1 and +1; unclipped, 32 %.
 
 
 @torch.no_grad()
@@ -636,10 +637,10 @@ def reverse_process(model, schedule, x_T, steps=T, eta=1.0, generator=None):
     """Walks from noise to pictures and yields every stop on the way.
 
     x_T: standard normal float (B, 1, 32, 32). steps: 1..T. eta: 0 to 1. With steps = T and eta = 1
-    this is Algorithm 2, otherwise DDIM with the guess extrapolated. generator: draws z, on the CPU,
-    so that a seed means the same z on every device. Yields (t, x_t, guess of x_0 from x_t), t
-    falling from T; at the end (0, x_0, x_0). Raises ValueError, on the first next(), as timesteps
-    does.
+    this is Algorithm 2, otherwise DDIM with the guess extrapolated and clipped. generator: draws z,
+    on the CPU, so that a seed means the same z on every device. Yields (t, x_t, guess of x_0 from
+    x_t), t falling from T; at the end (0, x_0, x_0). Raises ValueError, on the first next(), as
+    timesteps does.
     """
     x, before = x_T, None
     for t, s in pairwise(timesteps(steps)):
@@ -677,8 +678,8 @@ def sample(model, schedule, x_T, steps=T, eta=1.0, generator=None):
 # Another schedule: `beta` in Schedule. For the cosine schedule of Nichol & Dhariwal 2021 (arXiv
 #   2102.09672, Eq. 17) alpha_bar_t = f(t) / f(0), f(t) = cos((t / T + 0.008) / 1.008 * pi / 2)^2;
 #   beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.1. (Theirs is at most 0.999; then
-#   predict_x_0 magnifies an error at t = T 20,000 times, and x_0 must be clipped.) FOCUS
-#   should then cover the same signal-to-noise ratios as before.
+#   predict_x_0 magnifies an error at t = T 20,000 times, and each step must use Eq. 7 with x_0
+#   clipped.) FOCUS should then cover the same signal-to-noise ratios as before.
 # "A triangle, please": class conditioning. A vector for each kind, nn.Embedding(4 + 1, time_dim),
 #   is added to `time` in UNet.forward. make_dataset must draw one shape per picture and return its
 #   kind, and every call on the way to the network must pass it on. Train a tenth of the

@@ -749,6 +749,16 @@ def load(path):
     return state, model
 
 
+def exit_with(e):
+    """Ends the program with one line for what the user can mend; raises other errors again.
+
+    e: an OSError, a MemoryError, or a RuntimeError, which is what PyTorch may raise in its place.
+    """
+    if isinstance(e, RuntimeError) and "memory" not in str(e):
+        raise e
+    sys.exit(f"error: {e}" if isinstance(e, OSError) else "error: not enough memory")
+
+
 # ==== 13. Look at it: python ddpm.py ==============================================================
 
 

@@ -1,12 +1,15 @@
 """Trains on a cloud GPU: modal run modal_train.py --epochs 200 --batch-size 128
 
 The training is train.py's own, on an A100 at modal.com, with a volume named diffusion-checkpoints
-in place of the folder checkpoints/. Your machine needs nothing but modal. Fetch the result with
+in place of the folder checkpoints/. Your machine needs nothing but modal, and may be switched off
+after modal run --detach modal_train.py. Fetch the result with
 
     mkdir -p checkpoints && modal volume get --force diffusion-checkpoints best.pt checkpoints/
 """
 
+import sys
 import time
+from pathlib import Path
 
 import modal
 
@@ -25,8 +28,6 @@ image = (
 @app.function(image=image, gpu="A100", volumes={FOLDER: volume}, timeout=24 * 3600, retries=3)
 def train_in_cloud(flags, name, folder=FOLDER):
     """Runs train.py with these flags, a list of words. name: tells this run from others."""
-    from pathlib import Path
-
     import torch
 
     import train
@@ -38,7 +39,10 @@ def train_in_cloud(flags, name, folder=FOLDER):
     if saved.get("name") == name and "--resume" not in flags:
         flags = [*flags, "--resume"]
     commit = (lambda: None) if modal.is_local() else volume.commit
-    train.train([*flags, "--checkpoints", folder, "--logs", f"{folder}/logs"], name, commit)
+    try:
+        train.train([*flags, "--checkpoints", folder, "--logs", f"{folder}/logs"], name, commit)
+    except SystemExit as stop:  # a wrong flag, for example: Modal need not try again
+        return stop.code
 
 
 @app.local_entrypoint()
@@ -57,4 +61,4 @@ def main(
     flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
     if resume:
         flags.append("--resume")
-    train_in_cloud.remote(flags, time.strftime("%Y-%m-%d_%H-%M-%S"))
+    sys.exit(train_in_cloud.remote(flags, time.strftime("%Y-%m-%d_%H-%M-%S")))

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from PIL import Image  # comes with matplotlib
 from tqdm import tqdm
 
@@ -28,14 +27,14 @@ import shapes
 TRAINED = Path("checkpoints/best.pt")  # where train.py leaves its weights
 PRETRAINED = Path(__file__).parent / "assets/pretrained.pt"  # until there are some
 
-# What can be drawn: the file, how many pictures if --n is not given, and how many at most.
+# What can be drawn: the file, how many pictures if --n is not given, how many at most, and --help.
 DRAWN = {
-    "samples": ("samples.png", 16, 2000),
-    "process": ("process.png", 4, 16),
-    "explain": ("explained.png", 16, 256),
-    "score": ("", 500, 10_000),
-    "curve": ("steps.png", 200, 2000),
-    "inside": ("inside.png", 1, 1),
+    "grid": ("samples.png", 16, 2000, "draw a grid of pictures (the default)"),
+    "process": ("process.png", 4, 16, "draw noise becoming pictures"),
+    "explain": ("explained.png", 16, 256, "draw every shape in the colour of its kind"),
+    "score": ("", 500, 10_000, "print how many pictures are right"),
+    "curve": ("steps.png", 200, 2000, "draw how many are right after few and after many steps"),
+    "inside": ("inside.png", 1, 1, "draw what goes on in the network, for one noisy picture"),
 }
 STRIP, GIF_FRAMES = 12, 50  # how many stops of the walk --process shows
 CURVE = (5, 10, 20, 50, 100, 200)  # the numbers of steps of --curve
@@ -48,19 +47,12 @@ def parser():
     """The flags of sample.py."""
     p = argparse.ArgumentParser(description="Draw pictures with a trained diffusion model.")
     what = p.add_mutually_exclusive_group()
-    for names, text in (
-        (("--process", "--show-process"), "draw noise becoming pictures"),
-        (("--explain",), "draw every shape in the colour of its kind, what is none in red"),
-        (("--score",), "print how many pictures are right"),
-        (("--curve",), "draw how many pictures are right after few and after many steps"),
-        (("--inside",), "draw what goes on in the network, for one noisy picture"),
-    ):
-        name = names[0][2:]
+    for name, (*_, text) in DRAWN.items():
+        names = [f"--{name}", *(["--show-process"] if name == "process" else [])]
         what.add_argument(*names, dest="what", action="store_const", const=name, help=text)
-    p.add_argument(
-        "--checkpoint", metavar="PATH", help="default: the first of best.pt, pretrained.pt"
-    )
-    p.add_argument("--output", metavar="PATH", help="a .png; default: a name for each picture")
+    p.set_defaults(what="grid")
+    p.add_argument("--checkpoint", metavar="PATH", help=f"default: {TRAINED}, else pretrained.pt")
+    p.add_argument("--output", metavar="PATH", help="a .png; default: samples.png, process.png ...")
     p.add_argument("--n", type=int, help="how many pictures")
     p.add_argument("--steps", type=int, default=ddpm.T, help="1000 is Algorithm 2, fewer are DDIM")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
@@ -95,12 +87,12 @@ def save_process(path, walk):
     grid = figure.subplots(2 * n, len(frames), squeeze=False)
     for column, (t, x_t, x_0) in zip(grid.T, frames):
         column[0].set_title(f"t = {t}", fontsize=9)
-        for first, pictures in enumerate((x_t, x_0)):
-            for axes, picture in zip(column[first::2], shapes.from_model(pictures)):
-                axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
-                axes.set(xticks=[], yticks=[])
-    for i, axes in enumerate(grid[:, 0]):
-        axes.set_ylabel(("$x_t$", "guess of $x_0$")[i % 2], fontsize=8)
+        pictures = torch.stack([x_t, x_0], dim=1).flatten(0, 1)  # (2 n, 1, 32, 32)
+        for axes, picture in zip(column, shapes.from_model(pictures)):
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
+            axes.set(xticks=[], yticks=[])
+    for axes, text in zip(grid[:, 0], ("$x_t$", "guess of $x_0$") * n):
+        axes.set_ylabel(text, fontsize=8)
     figure.savefig(path, dpi=100)
 
     # The GIF: x_t above, the guess of x_0 below, and a bar as long as t. The end stands still.
@@ -117,7 +109,7 @@ def save_process(path, walk):
 
 
 def save_explained(path, x):
-    """Saves pictures in which every blob has the colour of its kind; red is no legal shape."""
+    """Saves pictures in which every blob has the colour of its kind, red if it is none."""
     coloured = np.zeros((len(x), shapes.SIZE, shapes.SIZE, 3))
     for picture, white in zip(coloured, x[:, 0] > 0):
         for kind, blob in shapes.explain(white):
@@ -128,10 +120,9 @@ def save_explained(path, x):
     axes = figure.subplots()
     axes.imshow(grid)
     axes.axis("off")
-    handles = [
-        Line2D([], [], color=c, lw=5, label=k or "no legal shape") for k, c in COLOURS.items()
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8)
+    for kind, colour in COLOURS.items():
+        axes.plot([], [], color=colour, linewidth=5, label=kind or "not in the catalogue")
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=100)
 
 
@@ -213,39 +204,36 @@ def save_inside(path, model, schedule, seed):
         size = "x".join(map(str, channels.shape[1:]))
         columns.append((f"{place} {size}\n{len(channels)} channels", two))
     columns.append(("guess of $x_0$\nguess of $\\epsilon$", torch.cat([guess, found])[:, 0].cpu()))
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
-    for axes_of_column, (title, pictures) in zip(top.subplots(2, len(columns)).T, columns):
-        axes_of_column[0].set_title(title, fontsize=9)
-        for axes, picture in zip(axes_of_column, pictures):
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    grid = figure.subplots(3, len(columns))
+    for axes in grid.flat:
+        axes.axis("off")
+    for column, (title, pictures) in zip(grid.T, columns):
+        column[0].set_title(title, fontsize=9)
+        for axes, picture in zip(column, pictures):
             axes.imshow(picture.numpy(), cmap="gray")
-            axes.set(xticks=[], yticks=[])
 
-    # The attention weights of one white pixel, the middle one in reading order.
+    # Below: the attention weights of one white pixel, the middle one in reading order.
     white = (x_0[0, 0] > 0).nonzero()  # (number of white pixels, 2)
     y, x = white[len(white) // 2].tolist()
-    panels = bottom.subplots(1, len(levels) - 2)
-    panels[0].imshow(x_0[0, 0].numpy(), cmap="gray")
-    panels[0].plot(x, y, "o", color="red", markersize=5)
-    panels[0].set_title("query: the red pixel", fontsize=9)
-    for axes, level in zip(panels[1:], levels[3:]):
+    grid[2, 0].imshow(x_0[0, 0].numpy(), cmap="gray")
+    grid[2, 0].plot(x, y, "o", color="red", markersize=4)
+    for axes, level in zip(grid[2, 4:], levels[3:]):
         weights = seen[level.attention.softmax][0].mean(0)  # (M, M), the mean of all heads
-        side, size = math.isqrt(len(weights)), seen[level].shape[3]
+        side = math.isqrt(len(weights))  # attention works on side x side places
         row, column = y * side // shapes.SIZE, x * side // shapes.SIZE  # the place of the pixel
         axes.imshow(weights[row * side + column].view(side, side).numpy(), cmap="gray", vmin=0)
-        axes.plot(column, row, "o", color="red", markersize=5)
-        axes.set_title(f"attention at {size}x{size}\n{side}x{side} places", fontsize=9)
-    for axes in panels:
-        axes.set(xticks=[], yticks=[])
+        axes.plot(column, row, "o", color="red", markersize=4)
+        axes.set_title("attention", fontsize=9)
     figure.savefig(path, dpi=100)
 
 
 def main():
     flags = parser()
     args = flags.parse_args()
-    what = args.what or "samples"
-    name, n, most = DRAWN[what]
-    n = n if args.n is None else args.n
+    what = args.what
+    name, default, most, _ = DRAWN[what]
+    n = default if args.n is None else args.n
     path = Path(args.output or name)
     if not 1 <= n <= most:
         flags.error(f"--n must be from 1 to {most} here")
@@ -284,5 +272,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, MemoryError, torch.OutOfMemoryError) as e:
-        sys.exit(f"error: {e or 'not enough memory'}")
+    except (OSError, MemoryError, RuntimeError) as e:
+        ddpm.exit_with(e)

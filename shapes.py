@@ -2,9 +2,8 @@
 
     python shapes.py        saves shapes.png (data with labels) and catalogue.png (every shape)
 
-Nothing is downloaded. Why drawn shapes and not photographs? Because here "right" can be checked
-exactly. Whether a generated face is a good face is a matter of opinion. Whether a generated
-circle is a circle can be checked: it is in the catalogue, pixel for pixel, or it is not.
+Nothing is downloaded. Why drawn shapes and not photographs? Whether a generated face is good is a
+matter of opinion. Whether a generated circle is right can be checked, pixel for pixel.
 """
 
 import math
@@ -76,7 +75,7 @@ def make_catalogue():
     catalogue = {kind: {} for kind in KINDS}
     for kind, mask in made:
         for image in mirror_images(mask):
-            catalogue[kind].setdefault(key(image), np.ascontiguousarray(image))
+            catalogue[kind].setdefault(key(image), image)
     return {kind: list(masks.values()) for kind, masks in catalogue.items()}
 
 
@@ -89,16 +88,14 @@ KIND_OF = {key(mask): kind for kind in KINDS for mask in CATALOGUE[kind]}
 #   that is off by one pixel is always wrong.
 # - No shape is small: 34 pixels at least, and most have more than 60. The smaller a shape, the
 #   later it comes out of the noise.
-# - Lines may be short, and as long as the picture. (With narrower limits, a third to a half of all
-#   wrong forms were lines beyond them.)
+# - Lines may be as long as the picture. (With a lower limit, many wrong shapes were longer lines.)
 # - Shapes keep apart. If they could touch, a picture could be read in more than one way: an L is
 #   two rectangles, or one rectangle with a corner missing.
-# - One shape, and twice, with probability 0.4, one more. Then each part of a picture may decide
-#   nearly on its own whether it has a shape.
+# - Every picture has one shape. Each of two more is added with probability 0.4.
 
 
 def draw_picture(kinds, rng):
-    """One picture with a shape of each of these kinds: bool (32, 32), or None without room."""
+    """A picture with a shape of each of these kinds: bool (32, 32), or None if they do not fit."""
     picture = np.zeros((SIZE, SIZE), dtype=bool)
     taken = np.zeros((SIZE, SIZE), dtype=bool)  # the boxes around the shapes
     for kind in kinds:
@@ -141,11 +138,7 @@ def make_dataset(n, seed):
 
 
 def to_model(pictures):
-    """0/1 pictures (n, 32, 32) -> float32 (n, 1, 32, 32), background -1 and shape +1.
-
-    The mean square of a pixel is 1 then, as in the noise, and so it is in every mixture of the two:
-    the network sees inputs of one size at every t (Ho et al. 2020, Section 3.3).
-    """
+    """0/1 pictures (n, 32, 32) -> float32 (n, 1, 32, 32), background -1 and shape +1."""
     return np.asarray(pictures, dtype=np.float32)[:, None] * 2 - 1
 
 

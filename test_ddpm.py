@@ -56,7 +56,7 @@ def tiny(monkeypatch):
     """Makes every new UNet a small one, and validation and samples cheap."""
     monkeypatch.setattr(ddpm.UNet.__init__, "__defaults__", SMALL)
     monkeypatch.setattr(train, "HELD_OUT", 32)
-    monkeypatch.setattr(train, "GRID", 2)
+    monkeypatch.setattr(train, "GRID_PICTURES", 2)
     monkeypatch.setattr(train, "GRID_STEPS", 2)
 
 
@@ -793,6 +793,20 @@ def test_best_is_the_epoch_with_the_lowest_validation_loss(tiny, monkeypatch, tm
         assert torch.allclose(weight, averages[2][name].float(), rtol=1e-3, atol=1e-6)
 
 
+def test_the_noise_of_the_samples_is_drawn_once(tiny, monkeypatch, tmp_path):
+    """Catches: x_T that comes again as the first z; a grid of other noise at each epoch."""
+    seen = []
+
+    def spy(model, schedule, x_T, steps, generator):
+        seen.append((x_T, torch.randn(x_T.shape, generator=generator)))
+        return x_T
+
+    monkeypatch.setattr(train, "SAMPLE_EVERY", 1)
+    monkeypatch.setattr(ddpm, "sample", spy)
+    run_train(tmp_path, "--epochs=2")
+    assert same(*seen) and abs(torch.corrcoef(torch.stack(seen[0]).flatten(1))[0, 1]) < 0.1
+
+
 def test_validation_is_of_the_average_and_repeatable(tiny, tmp_path):
     """Catches: fresh noise in every validation, held-out pictures that were trained on."""
     state = run_train(tmp_path, "--epochs=1")
@@ -811,6 +825,21 @@ def test_a_loss_that_is_not_finite_is_never_saved(tiny, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="not finite"):
         run_train(tmp_path, "--resume", "--epochs=2")
     assert same(before, torch.load(tmp_path / "latest.pt", weights_only=True))
+
+
+def test_a_full_memory_gets_one_line_and_other_errors_a_traceback(tiny, monkeypatch, tmp_path):
+    """Catches: an error of PyTorch's for the user; a fault of the program that is hidden."""
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", f"--checkpoints={tmp_path}", f"--logs={tmp_path}"]
+    )
+    for text, kind in (("can't allocate memory", SystemExit), ("wrong shape", RuntimeError)):
+
+        def fail(*args, text=text):
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(ddpm, "training_loss", fail)
+        with pytest.raises(kind, match="not enough memory|wrong shape"):
+            train.main()
 
 
 def test_a_second_training_in_the_same_folder_loses_nothing(tiny, monkeypatch, tmp_path):
@@ -1121,6 +1150,7 @@ def test_modal_body_trains_and_goes_on_after_a_restart(tiny, tmp_path):
     run([*flags, "--epochs=1"], "two", str(tmp_path))
     assert torch.load(tmp_path / "latest.pt", weights_only=True)["epoch"] == 1
     assert len(list(tmp_path.glob("run_*"))) == 1
+    assert run(["--epochs=0"], "three", str(tmp_path)) == 2  # and not an error, to be tried again
 
 
 # ==== The README ==================================================================================

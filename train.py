@@ -11,6 +11,7 @@ import ctypes
 import math
 import shutil
 import sys
+import sysconfig
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,12 +24,12 @@ from tqdm import tqdm
 import ddpm
 import shapes
 
-OTHER_RATE = 1.6e-3  # the peak rate of what is not a matrix: biases, norms, first and last layer
-WARMUP = 100  # steps in which the rates rise: the first gradients mislead
+OTHER_RATE = 1.6e-3  # peak rate of Adam, for biases, norms, and the first and last layer
+WARMUP = 100  # steps in which the rates rise from 0: the first gradients say little
 DECAY_FROM = 1000  # steps after which the rates fall as 1 / sqrt(step), however long the run is
 CLIP = 1.0  # the largest norm of a gradient, all weights together
 SAMPLE_EVERY = 5  # epochs between two grids of samples
-GRID, GRID_STEPS = 64, 20  # pictures of a grid, and the sampling steps for it
+GRID_PICTURES, GRID_STEPS = 64, 20  # samples of a grid, and the sampling steps for it
 HELD_OUT = 512  # pictures for the validation loss
 
 
@@ -64,17 +65,12 @@ def parse(argv):
             flags.error(f"{latest} holds no run of this program that can be resumed")
         flags.set_defaults(**saved["run"])
         args = flags.parse_args(argv)
-        for flag in RUN[1:]:
-            if getattr(args, flag) != saved["run"][flag]:
-                flags.error(
-                    f"this run was started with --{flag.replace('_', '-')} {saved['run'][flag]}"
-                )
-    if min(args.epochs, args.samples, args.batch_size) < 1 or not 0 < args.lr < math.inf:
-        flags.error("--epochs, --samples, --batch-size and --lr must be above 0")
-    if args.samples < args.batch_size:
-        flags.error(f"--samples {args.samples} is less than one batch of {args.batch_size}")
-    if not 0 <= args.seed < 2**32:
-        flags.error("--seed must be from 0 to 4294967295")
+        if any(getattr(args, flag) != saved["run"][flag] for flag in RUN[1:]):
+            flags.error(f"only --epochs can change; this run was started with {saved['run']}")
+    if not 1 <= args.batch_size <= args.samples:
+        flags.error("--batch-size must be from 1 to --samples")
+    if args.epochs < 1 or not 0 < args.lr < math.inf or not 0 <= args.seed < 2**32:
+        flags.error("--epochs and --lr must be above 0, --seed from 0 to 4294967295")
     return args, saved
 
 
@@ -82,11 +78,11 @@ def parse(argv):
 
 
 def orthogonal(matrix):
-    """About U V^T, where U S V^T is the matrix: all its singular values become about 1. (..., m, n)
+    """About U V^T, if the matrix (..., m, n) is U S V^T: all its singular values become about 1.
 
-    Divided by the norm they are at most 1. Then three rounds of an odd polynomial, which acts on
-    each of them without a decomposition, bring those above 0.03 to between 0.65 and 1.25; smaller
-    ones grow 41 times at most. (Jordan et al. take five rounds.)
+    Divided by the norm they are at most 1. Three rounds of a polynomial act on each of them, with
+    no need to compute U, S and V. Those above 0.03 end between 0.65 and 1.25; smaller ones grow at
+    most 41 times. (Jordan et al. take five rounds.)
     """
     dtype = torch.bfloat16 if ddpm.fast_bfloat16(matrix.device.type) else torch.float32
     x = (matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
@@ -99,8 +95,8 @@ def orthogonal(matrix):
 class Muon(torch.optim.Optimizer):
     """An optimizer for matrices (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    The gradient of a matrix is large in a few directions and small in most. Adam scales each
-    number on its own, which mostly keeps it so. Muon moves about equally far in all directions.
+    The gradient of a matrix is large in a few directions and small in most. Adam scales each number
+    on its own, so a few directions still win. Muon moves about equally far in all directions.
     lr is the size of a step: about the root mean square of what it adds to a matrix.
     (torch.optim.Muon takes no convolutions, and computes in bfloat16 even where that is slow.)
     """
@@ -134,10 +130,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers_for(model, lr):
-    """Muon for the matrices, Adam for the rest: biases, norms, and the first and last layer.
-
-    These two layers have only one channel on one side.
-    """
+    """Muon for the matrices; Adam for biases, norms, and the first and last layer, which have only
+    one channel on one side."""
     matrices = [p for p in model.parameters() if p.ndim > 1 and min(p.shape[:2]) > 1]
     others = [p for p in model.parameters() if p.ndim == 1 or min(p.shape[:2]) == 1]
     return Muon(matrices, lr), torch.optim.Adam(others, OTHER_RATE, betas=(0.9, 0.99), fused=True)
@@ -152,7 +146,7 @@ def draw_data(n, seed, device):
 
 
 def mirror(x_0, generator):
-    """Mirrors each picture at random, left-right, up-down and at the diagonal: (B, 1, 32, 32).
+    """Mirrors each picture at random, left-right, up-down and along the diagonal: (B, 1, 32, 32).
 
     The mirror image of a legal shape is legal, so this makes eight pictures of one. (Ho, Appendix
     B, mirrors left to right.)
@@ -197,7 +191,7 @@ def set_aside(folder):
     names = ("samples_*.png", "loss.png", "best.pt", "latest.pt")
     if files := [file for name in names for file in sorted(folder.glob(name))]:
         aside = folder / time.strftime("run_%Y-%m-%d_%H-%M-%S")
-        aside.mkdir()  # fails if it is there: two runs in one second
+        aside.mkdir()
         for file in files:
             file.rename(aside / file.name)
         print(f"{folder} held an earlier run: moved to {aside}")
@@ -229,14 +223,14 @@ def train(argv=None, name=None, after_epoch=lambda: None):
         except (KeyError, TypeError, ValueError, RuntimeError) as e:
             reason = str(e).splitlines()[0]
             sys.exit(f"error: {folder / 'latest.pt'} cannot be resumed on {device}: {reason}")
-    # A small network leaves a GPU waiting for the next kernel to be launched. Compiled, it needs
-    # far fewer of them. That takes Triton and a C compiler.
-    if device == "cuda" and find_spec("triton") and shutil.which("cc"):
+    # A small network leaves a GPU waiting for its next kernel, a small program, to be launched.
+    # Compiled, it needs far fewer. That takes Triton, a C compiler and Python's headers.
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    if device == "cuda" and find_spec("triton") and shutil.which("cc") and headers.exists():
         model.compile()
         ema.model.compile()
     data = draw_data(args.samples, args.seed, device)
     held_out = draw_data(HELD_OUT, [args.seed, 1], device)
-    x_T = torch.randn(GRID, 1, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
     batches = args.samples // args.batch_size  # the rest, less than a batch, is left out
     step = len(history) * batches
 
@@ -280,9 +274,10 @@ def train(argv=None, name=None, after_epoch=lambda: None):
                 sys.exit(f"error: the loss of epoch {epoch} is not finite; try a lower --lr")
             line = f"epoch {epoch}: loss {row['train_loss']:.4f}, validation {row['val_loss']:.4f}"
             if epoch % SAMPLE_EVERY == 0 or epoch == args.epochs:
-                bar.set_postfix_str(f"drawing {GRID} samples")
-                z_generator = torch.Generator().manual_seed(0)
-                x = ddpm.sample(ema.model, schedule, x_T, GRID_STEPS, generator=z_generator).cpu()
+                bar.set_postfix_str(f"drawing {GRID_PICTURES} samples")
+                z = torch.Generator().manual_seed(0)  # draws the same noise every time
+                x_T = torch.randn(GRID_PICTURES, 1, 32, 32, generator=z).to(device)
+                x = ddpm.sample(ema.model, schedule, x_T, GRID_STEPS, generator=z).cpu()
                 grid = shapes.tile(shapes.from_model(x), columns=16)
                 shapes.save_picture(folder / f"samples_{epoch:04d}.png", grid)
                 writer.add_image("samples", grid[None], step)
@@ -305,14 +300,14 @@ def train(argv=None, name=None, after_epoch=lambda: None):
             state |= {"epoch": epoch, "ema": ema.model.state_dict()}
             # best before latest: if the program is killed between the two, the epoch is done again.
             if row["val_loss"] == min(r["val_loss"] for r in history):
-                half = {key: weight.half() for key, weight in state["ema"].items()}
-                ddpm.save(folder / "best.pt", state | {"ema": half})
+                small = {key: weight.half() for key, weight in state["ema"].items()}  # 16 bits
+                ddpm.save(folder / "best.pt", state | {"ema": small})
             state |= {"model": model.state_dict(), "generator": generator.get_state()}
             state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
             ddpm.save(latest, state | {"history": history, "name": name})
-            written = latest.stat().st_mtime_ns
             save_curve(folder / "loss.png", history)
             after_epoch()
+            written = latest.stat().st_mtime_ns
             bar.write(line)
 
 
@@ -325,10 +320,10 @@ def main():
     try:
         train()
     except KeyboardInterrupt:
-        print("\nstopped; after the first epoch, the same command with --resume goes on")
+        print("\nstopped; the same command with --resume goes on after the last finished epoch")
         sys.exit(130)
-    except (OSError, MemoryError, torch.OutOfMemoryError) as e:
-        sys.exit(f"error: {e or 'not enough memory'}")
+    except (OSError, MemoryError, RuntimeError) as e:
+        ddpm.exit_with(e)
 
 
 if __name__ == "__main__":

@@ -293,7 +293,9 @@ class ResBlock(nn.Module):
 #      4x4                  middle (512)
 #
 # There is attention at every level (on 8x8 places at most): in the middle, and on the way up, where
-# a level has both its own detail and the view from below.
+# a level has both its own detail and the view from below. (Without attention the samples were as
+# good after 20 epochs: pictures of 32x32 are small enough for the convolutions at 4x4 to see all of
+# one.)
 #
 # Sizes and positions of all shapes are multiples of 4 pixels, and one place at 8x8 is 4x4 pixels.
 # So at 8x8 there are three blocks on the way up. `python ddpm.py` prints the parameters and the

@@ -47,10 +47,10 @@ from torch import nn
 # small at first, when little noise is enough to hide details, and larger later.
 #
 # Why a thousand small steps and not ten large ones? Many x_{t-1} could have led to x_t. If the step
-# is small, they all lie near x_t. There log q(x_{t-1}), with x_t not given, is almost linear (or,
-# at small t, a parabola itself). Bayes' rule, in logarithms, adds the parabola of Eq. 2. The sum is
-# a parabola again, which means a Gaussian. That is easy to model: the network has to learn only its
-# mean. (Section 10 shows how to use fewer.)
+# is small, they all lie near x_t. Over this short range log q(x_{t-1}), the log-density before x_t
+# is known, is almost linear (at small t, a parabola). Bayes' rule, in logarithms, adds the parabola
+# of Eq. 2. The sum is a parabola again, which means a Gaussian. That is easy to model: the network
+# has to learn only its mean. (Section 10 shows how to use fewer.)
 
 T = 1000
 
@@ -300,8 +300,8 @@ class ResBlock(nn.Module):
 # Sizes and positions of all shapes are multiples of 4 pixels, and one place at 8x8 is 4x4 pixels.
 # So at 8x8 there are three blocks on the way up. `python ddpm.py` prints the parameters and the
 # multiplications of each part: this level (down.2 and up.0) has 50 % of the parameters and 66 % of
-# the multiplications. The middle has 46 % and 16 %: each weight is used at only 16 places. At 32x32
-# most weights are used at 1024 places, and 0.6 % of the parameters account for 9 % of the
+# the multiplications. The middle has 46 % and 16 %: almost every weight is used at only 16 places.
+# At 32x32 most weights are used at 1024 places, and 0.6 % of the parameters account for 9 % of the
 # multiplications. The tensors are largest there, too, and reading and writing them takes time. So
 # this level has only 16 channels.
 
@@ -454,15 +454,17 @@ def predict_eps(model, x_t, t):
 # Which loss? A reverse step is p(x_{t-1} | x_t) = N(mu_theta(x_t, t), sigma_t^2 I) (Eq. 1; Ho,
 # Section 3.2, fixes the variance; section 10 chooses it). We would like to make p(x_0) large for
 # the pictures that we have (maximum likelihood). But p(x_0) is an integral over all paths x_1, ...,
-# x_T that end in x_0, and cannot be computed. What can be computed is, by Jensen's inequality, an
-# upper bound of -log p(x_0) (Eq. 3, Eq. 5): one KL divergence for each t above 1, another term for
-# t = 1, and a term without the network. A KL divergence measures how far one distribution, q, is
-# from another, p: it is the mean of log q - log p over q. Here p is the reverse step, and q is
-# q(x_{t-1} | x_t, x_0), the step back if x_0 is known, as it is in training. Both are Gaussian, and
-# their variances are not learned. With x for x_{t-1}, log p is a constant minus
-# (x - mu_theta)^2 / (2 sigma_t^2). The mean of (x - mu_theta)^2 over q is (mu - mu_theta)^2 plus
-# the variance of q, on which the network has no influence. So what counts is the squared difference
-# of the two means, divided by 2 sigma_t^2 (Eq. 8).
+# x_T that end in x_0, and cannot be computed. What can be computed is an upper bound of -log
+# p(x_0). For p(x_0) is the mean of p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0) over the paths that q
+# draws, and -log of a mean is at most the mean of -log (Jensen's inequality). By Bayes' rule q can
+# be written backwards, from x_T on, and so the bound falls into steps (Eq. 3, Eq. 5): one KL
+# divergence for each t above 1, another term for t = 1, and a term without the network. A KL
+# divergence measures how far one distribution, q, is from another, p: it is the mean of log q - log
+# p over q. Here p is the reverse step, and q is q(x_{t-1} | x_t, x_0), the step back if x_0 is
+# known, as it is in training. Both are Gaussian, and their variances are not learned. With x for
+# x_{t-1}, log p is a constant minus (x - mu_theta)^2 / (2 sigma_t^2). The mean of (x - mu_theta)^2
+# over q is (mu - mu_theta)^2 plus the variance of q, on which the network has no influence. So what
+# counts is the squared difference of the two means, divided by 2 sigma_t^2 (Eq. 8).
 #
 # Both means follow from x_t and eps in the same way (Eq. 11), one with the true eps and one with
 # the guess eps_theta. So the term for t becomes (Eq. 12)
@@ -474,8 +476,8 @@ def predict_eps(model, x_t, t):
 # try hardest. With sigma_t^2 = beta_t, the first of the paper's two choices (section 10), the
 # factor falls from 0.27 at t = 2 to 0.005 at t = 349 and rises again to 0.01 at t = T. At t = 2 the
 # noise is 1.5 % of the picture and hard for a network to measure exactly: after training the error
-# is 0.042 there, and 0.007 at t = 500. With the factor t = 2 counts 300 times as much as t = 500,
-# without it 6 times. Errors at such small t cannot be seen. Eq. 14 leaves more of the effort for
+# is 0.042 there, and 0.007 at t = 500. With the factor, t = 2 counts 300 times as much as t = 500;
+# without it, 6 times. Errors at such small t cannot be seen. Eq. 14 leaves more of the effort for
 # larger t, where pictures take shape (Ho, Section 3.4).
 
 
@@ -498,12 +500,13 @@ def loss_fn(model, schedule, x_0, t, eps):
 #     epoch 100     420     32    8.9    2.2     11     70     82     34    8.6    0.6
 #
 # At small t x_0 can be seen, so the error could be almost 0; training brings it closer. At large t
-# x_0 cannot be known, but hardly counts (section 8). In between it counts, and it is just becoming
-# clear which picture it is. Most of the error there is doubt that no network can remove. So the
-# mean over all t goes flat above 0, and late in training it falls mostly at small t, where nobody
-# sees it. Meanwhile the samples improve: from the first row to the second, the share of right ones
-# (pixel for pixel, see shapes.py), drawn in 50 steps, rose from 85 to 96 %. Most likely this comes
-# from the small fall at t = 400 and 500, where a wrong guess leads to a wrong picture.
+# x_0 cannot be known, but hardly counts (section 8). In between x_0 counts, and is just becoming
+# clear. Most of the error there is doubt that no network can remove. So the mean over all t goes
+# flat well above 0, and late in training it falls mostly at small t, where nobody sees it.
+# Meanwhile the samples improve: from the first row to the second, the share of right ones (pixel
+# for pixel, see shapes.py), drawn in 50 steps, rose from 85 to 96 %. Most likely this comes from
+# t = 300 to 500, where the fall adds little to the mean, but a wrong guess leads to a wrong
+# picture.
 #
 # The paper draws t uniformly from 1..T. We draw four out of five t from 350..750, where the picture
 # is decided, and the rest uniformly, so that no t is forgotten. A t in 350..750 then counts 11
@@ -556,8 +559,8 @@ class EMA:
 # ==== 10. The reverse process: from noise to a picture ============================================
 #
 # Sampling follows p(x_{t-1} | x_t) = N(mu, sigma_t^2 I) from t = T down to 1, with mu of Eq. 11.
-# Each step takes the mean and adds noise. The mean of all x_{t-1} that fit x_t has less noise than
-# the network expects at t - 1.
+# Each step takes the mean and adds noise, because the mean of all x_{t-1} that fit x_t has less
+# noise than the network expects at t - 1.
 
 
 def ddpm_step(schedule, x_t, t, eps, z):
@@ -580,8 +583,8 @@ def ddpm_step(schedule, x_t, t, eps, z):
 
 # There is another view of this step. The gradient of log q(x_t) with respect to x_t is called the
 # score; it points to where pictures are more likely. For one known x_0 it is, by Eq. 4,
-# -eps / sqrt(1 - alpha_bar_t). q(x_t) is the sum of q(x_t | x_0) over all pictures, so its score is
-# the mean of this over all x_0 that fit x_t; and a network trained with squared error learns the
+# -eps / sqrt(1 - alpha_bar_t). q(x_t) is the mean of q(x_t | x_0) over all pictures, so its score
+# is the mean of this over all x_0 that fit x_t; and a network trained with squared error learns the
 # mean of eps. So -eps_theta / sqrt(1 - alpha_bar_t) is the score, and Algorithm 2 resembles
 # Langevin dynamics: a step uphill, a little fresh noise, and again (Ho, Section 3.2; Song & Ermon
 # 2019).
@@ -629,8 +632,8 @@ def timesteps(steps):
 # middle of the step would be better than the one from its start, because the guess keeps moving.
 # The last two guesses say roughly where it will be: half a step further in the same direction.
 # (DPM-Solver++ does this too, but measures steps in log SNR and not in t: Lu et al. 2022, arXiv
-# 2211.01095, their Algorithm 2.) Of the right samples drawn in 20 steps 36 % have one shape, as in
-# the data; without this 44 %. The result is clipped to [-1, 1]: with 5 steps, 2 % of all pixels end
+# 2211.01095, their Algorithm 2.) In 20 steps, 36 % of the right samples have one shape, as in the
+# data; without this, 44 %. The result is clipped to [-1, 1]: with 5 steps, 2 % of all pixels end
 # more than 0.05 away from -1 and +1; unclipped, 32 %.
 
 
@@ -654,7 +657,7 @@ def reverse_process(model, schedule, x_T, steps=T, eta=1.0, generator=None):
         if steps == T and eta == 1:
             x = ddpm_step(schedule, x, t, eps, z)
         else:
-            # Half a step ahead. (All steps are about equally long; only the one to s = 0 is not.)
+            # Half a step ahead. (With few steps, all but the one to s = 0 are about equally long.)
             middle = x_0 if before is None or s == 0 else x_0 + (x_0 - before) / 2
             x = ddim_step(schedule, x, t, s, middle.clamp(-1, 1), z, eta)
         before = x_0

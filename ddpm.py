@@ -509,10 +509,10 @@ def loss_fn(model, schedule, x_0, t, eps):
 # picture.
 #
 # The paper draws t uniformly from 1..T. We draw four out of five t from 350..750, where the picture
-# is decided, and the rest uniformly, so that no t is forgotten. With uniform t 94.9 % of 3000
-# samples were right in the end instead of 97.3 %. A t in 350..750 then counts 11 times as much in
-# the training loss as any other t. The validation loss, the loss on pictures that are not trained
-# on, keeps t uniform, as in Eq. 14; the two losses cannot be compared.
+# is decided, and the rest uniformly, so that no t is forgotten. A t in 350..750 then counts 11
+# times as much in the training loss as any other t. In the end 97.3 % of 3000 samples in 50 steps
+# were right, and with t uniform in training 94.9 %. The validation loss, the loss on pictures that
+# are not trained on, keeps t uniform, as in Eq. 14; the two losses cannot be compared.
 
 FOCUS, FOCUS_SHARE = (350, 750), 0.8
 

@@ -402,7 +402,7 @@ def best_for_a_gaussian(x, t):
 def x_0_of(x_t, t, eps):
     """Eq. 4 solved for x_0, in float64."""
     a = ALPHA_BAR[t]
-    return ((x_t.double() - math.sqrt(1 - a) * eps.double()) / math.sqrt(a)).float()
+    return (x_t.double() - math.sqrt(1 - a) * eps.double()) / math.sqrt(a)
 
 
 def test_eq_11_is_eq_7_with_the_predicted_x_0():
@@ -410,8 +410,7 @@ def test_eq_11_is_eq_7_with_the_predicted_x_0():
     x_t, eps, z = (noise(1, 1, 4, 4), noise(1, 1, 4, 4, seed=1), noise(1, 1, 4, 4, seed=2))
     for t in range(1, T + 1):
         beta, now, before = BETA[t], ALPHA_BAR[t], ALPHA_BAR[t - 1]
-        x_0 = (x_t.double() - math.sqrt(1 - now) * eps.double()) / math.sqrt(now)
-        mean = math.sqrt(before) * beta / (1 - now) * x_0
+        mean = math.sqrt(before) * beta / (1 - now) * x_0_of(x_t, t, eps)
         mean += math.sqrt(1 - beta) * (1 - before) / (1 - now) * x_t.double()
         std = math.sqrt((1 - before) / (1 - now) * beta)
         got = ddpm.ddpm_step(SCHEDULE, x_t, t, eps, 0 * z)
@@ -427,7 +426,7 @@ def test_ddim_at_eta_1_is_algorithm_2():
     x_t, eps, z = (noise(2, 1, 8, 8), noise(2, 1, 8, 8, seed=1), noise(2, 1, 8, 8, seed=2))
     for t in range(1, T + 1):
         one = ddpm.ddpm_step(SCHEDULE, x_t, t, eps, z)
-        two = ddpm.ddim_step(SCHEDULE, x_t, t, t - 1, x_0_of(x_t, t, eps), z, eta=1)
+        two = ddpm.ddim_step(SCHEDULE, x_t, t, t - 1, x_0_of(x_t, t, eps).float(), z, eta=1)
         assert torch.allclose(one, two, atol=2e-4), t
     x, generator = noise(2, 1, 8, 8), seeded(3)
     got, other = (ddpm.sample(any_model, SCHEDULE, x, T, eta, seeded(3)) for eta in (1, 0.5))

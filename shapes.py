@@ -10,6 +10,7 @@ import math
 import sys
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
@@ -145,6 +146,18 @@ def to_model(pictures):
 def from_model(x):
     """(n, 1, 32, 32), about [-1, 1] -> float32 (n, 32, 32) in [0, 1], clipped."""
     return np.clip((np.asarray(x, dtype=np.float32)[:, 0] + 1) / 2, 0, 1)
+
+
+def mirror(x, generator):
+    """Mirrors each picture at random, left-right, up-down and along the diagonal: (n, 1, 32, 32).
+
+    BEYOND THE PAPER, which mirrors left-right only. The mirror image of a legal shape is legal, so
+    one picture gives eight. x: a torch tensor. generator: on the device of x.
+    """
+    coins = torch.rand(3, len(x), 1, 1, 1, generator=generator, device=x.device) < 0.5
+    x = torch.where(coins[0], x.flip(3), x)
+    x = torch.where(coins[1], x.flip(2), x)
+    return torch.where(coins[2], x.transpose(2, 3), x)
 
 
 def tile(pictures, columns=8, scale=4):

@@ -2,20 +2,18 @@
 
 After every epoch it writes checkpoints/latest.pt (all that --resume needs), checkpoints/best.pt if
 the validation loss is the lowest so far (what sample.py needs) and loss.png; every five epochs, and
-after the last, a grid of samples. TensorBoard shows the same: tensorboard --logdir logs. Ctrl-C is
-safe at any time.
+after the last, a grid of samples. TensorBoard shows the same: tensorboard --logdir logs.
 """
 
 import argparse
-import ctypes
+import copy
 import math
-import shutil
+import os
 import sys
-import sysconfig
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
@@ -24,17 +22,17 @@ from tqdm import tqdm
 import ddpm
 import shapes
 
-OTHER_RATE = 1.6e-3  # peak rate of Adam, for biases, norms, and the first and last layer
+ADAM_RATE = 1.6e-3  # peak rate of Adam, for biases, norms, and the first and last layer
 WARMUP = 100  # steps in which the rates rise from 0: the first gradients say little
 DECAY_FROM = 1000  # steps after which the rates fall as 1 / sqrt(step), however long the run is
 CLIP = 1.0  # the largest norm of a gradient, all weights together
+EMA_DECAY = 0.9995  # the average is over about the last 1 / (1 - 0.9995) = 2000 steps
 SAMPLE_EVERY = 5  # epochs between two grids of samples
 GRID_PICTURES, GRID_STEPS = 64, 20  # samples of a grid, and the sampling steps for it
-HELD_OUT = 512  # pictures for the validation loss
+VALIDATION = 512  # pictures for the validation loss
 
 
 def parser():
-    """The flags of train.py. modal_train.py has the same ones; a test compares them."""
     p = argparse.ArgumentParser(
         description="Train a diffusion model on 32x32 pictures of shapes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -45,6 +43,7 @@ def parser():
     p.add_argument("--lr", type=float, default=2e-4, help="peak rate of the weight matrices")
     p.add_argument("--seed", type=int, default=0, help="of data, weights and noise")
     p.add_argument("--resume", action="store_true", help="go on from latest.pt, with its flags")
+    p.add_argument("--compile", action="store_true", help="use torch.compile, for GPUs")
     p.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto for what is there")
     p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where to save")
     p.add_argument("--logs", default="logs", metavar="DIR", help="where TensorBoard looks")
@@ -59,14 +58,12 @@ def parse(argv):
     flags, saved = parser(), None
     args = flags.parse_args(argv)
     if args.resume:
-        latest = Path(args.checkpoints) / "latest.pt"
-        saved, _ = ddpm.load(latest)
-        if "optimizers" not in saved or set(saved["run"]) != set(RUN):
-            flags.error(f"{latest} holds no run of this program that can be resumed")
-        flags.set_defaults(**saved["run"])
+        saved, _ = ddpm.load(Path(args.checkpoints) / "latest.pt")
+        flags.set_defaults(**saved["flags"])
         args = flags.parse_args(argv)
-        if any(getattr(args, flag) != saved["run"][flag] for flag in RUN[1:]):
-            flags.error(f"only --epochs can change; this run was started with {saved['run']}")
+        for name in RUN[1:]:
+            if getattr(args, name) != saved["flags"][name]:
+                flags.error(f"with --resume only --epochs can change, not {name}")
     if not 1 <= args.batch_size <= args.samples:
         flags.error("--batch-size must be from 1 to --samples")
     if args.epochs < 1 or not 0 < args.lr < math.inf or not 0 <= args.seed < 2**32:
@@ -74,32 +71,34 @@ def parse(argv):
     return args, saved
 
 
-# ==== The optimizer ===============================================================================
+# ==== The optimizers ==============================================================================
+#
+# BEYOND THE PAPER: Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the weight
+# matrices. The gradient of a matrix is large in a few directions and small in most. Adam scales each
+# number on its own, so a few directions still win. Muon moves about equally far in all directions.
+# MUONPRICE
+# To delete it, return one Adam for all parameters in `optimizers_for`.
 
 
 def orthogonal(matrix):
-    """About U V^T, if the matrix (..., m, n) is U S V^T: all its singular values become about 1.
+    """About U V^T, if the matrix (m, n) is U S V^T: all its singular values become about 1.
 
     Divided by the norm they are at most 1. Three rounds of a polynomial act on each of them, with
-    no need to compute U, S and V. Those above 0.03 end between 0.65 and 1.25; smaller ones grow at
-    most 41 times. (Jordan et al. take five rounds.)
+    no need to compute U, S and V. Those above 0.03 end between 0.65 and 1.25. (Jordan et al. take
+    five rounds.)
     """
     dtype = torch.bfloat16 if ddpm.fast_bfloat16(matrix.device.type) else torch.float32
-    x = (matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
+    x = (matrix / (matrix.norm() + 1e-7)).to(dtype)
+    tall = len(x) > x.shape[1]
+    x = x.mT if tall else x  # at least as wide as tall, so that x @ x.mT is small
     for _ in range(3):
         square = x @ x.mT
         x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
-    return x.to(matrix.dtype)
+    return (x.mT if tall else x).to(matrix.dtype)
 
 
 class Muon(torch.optim.Optimizer):
-    """An optimizer for matrices (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
-
-    The gradient of a matrix is large in a few directions and small in most. Adam scales each number
-    on its own, so a few directions still win. Muon moves about equally far in all directions.
-    lr is the size of a step: about the root mean square of what it adds to a matrix.
-    (torch.optim.Muon takes no convolutions, and computes in bfloat16 even where that is slow.)
-    """
+    """Muon. lr: about the root mean square of what a step adds to a matrix."""
 
     def __init__(self, matrices, lr, momentum=0.95):
         super().__init__(matrices, {"lr": lr, "momentum": momentum})
@@ -107,223 +106,205 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        alike = {}  # matrices of one shape are stacked: a few large products, not many small ones
         for p in group["params"]:
-            if p.grad is None:
-                continue
             if "average" not in self.state[p]:
                 self.state[p]["average"] = torch.zeros_like(p)
             average = self.state[p]["average"].lerp_(p.grad, 1 - group["momentum"])
             x = p.grad.lerp(average, group["momentum"])  # Nesterov: the newest gradient once more
-            # A convolution (c_out, c_in, 3, 3) becomes a matrix with the smaller of c_out and c_in
-            # as rows: the number of rows decides how long it takes.
-            if len(x) > x.shape[1]:
-                x = x.transpose(0, 1)  # (c_in, c_out, ...)
-            alike.setdefault(x.shape, []).append((p, x.flatten(1)))
-        for shape, pairs in alike.items():
-            # A row of length 1 has k numbers, each about 1 / sqrt(k). Times sqrt(k) they are about
-            # 1 in every matrix, so one lr fits all (Liu et al. 2025, arXiv 2502.16982).
-            lr = group["lr"] * math.sqrt(math.prod(shape[1:]))
-            for (p, _), x in zip(pairs, orthogonal(torch.stack([x for _, x in pairs]))):
-                x = x.view(shape)
-                p.add_(x.transpose(0, 1) if len(p) > p.shape[1] else x, alpha=-lr)
+            x = orthogonal(x.flatten(1))  # a convolution (c_out, c_in, 3, 3) as (c_out, 9 c_in)
+            # Rows or columns of length 1 have n numbers, each about 1 / sqrt(n). Times sqrt(n) they
+            # are about 1 in every matrix, so one lr fits all.
+            p.add_(x.view_as(p), alpha=-group["lr"] * math.sqrt(max(x.shape)))
 
 
 def optimizers_for(model, lr):
-    """Muon for the matrices; Adam for biases, norms, and the first and last layer, which have only
-    one channel on one side."""
-    matrices = [p for p in model.parameters() if p.ndim > 1 and min(p.shape[:2]) > 1]
-    others = [p for p in model.parameters() if p.ndim == 1 or min(p.shape[:2]) == 1]
-    return Muon(matrices, lr), torch.optim.Adam(others, OTHER_RATE, betas=(0.9, 0.99), fused=True)
+    """Muon for the matrices; Adam for biases, norms, and the first and last layer, which turn
+    pixels into channels and back."""
+    ends = {model.stem.weight, model.out.weight}
+    matrices = [p for p in model.parameters() if p.ndim > 1 and p not in ends]
+    others = [p for p in model.parameters() if p.ndim == 1 or p in ends]
+    return Muon(matrices, lr), torch.optim.Adam(others, ADAM_RATE, betas=(0.9, 0.99), fused=True)
 
 
-# ==== Small parts of the loop =====================================================================
+@torch.no_grad()
+def update_average(average, model, step):
+    """Moves the exponential moving average (EMA) of the weights; call after step 1, 2, ...
 
-
-def draw_data(n, seed, device):
-    """n pictures for training, float (n, 1, 32, 32), on the device, where they stay."""
-    return torch.from_numpy(shapes.to_model(shapes.make_dataset(n, seed))).to(device)
-
-
-def mirror(x_0, generator):
-    """Mirrors each picture at random, left-right, up-down and along the diagonal: (B, 1, 32, 32).
-
-    The mirror image of a legal shape is legal, so this makes eight pictures of one. (Ho, Appendix
-    B, mirrors left to right.)
+    Each step follows the gradient of one small batch, which is noisy. The average over many steps
+    is less so, and samples are drawn from it (Ho, Appendix B). The gradient must be taken at the
+    raw weights: the average hardly moves in one step, so it would say little of what the step did.
+    At first a smaller decay averages over the last ninth of the steps, without the random start.
     """
-    coins = torch.rand(3, len(x_0), 1, 1, 1, generator=generator, device=x_0.device) < 0.5
-    x_0 = torch.where(coins[0], x_0.flip(3), x_0)
-    x_0 = torch.where(coins[1], x_0.flip(2), x_0)
-    return torch.where(coins[2], x_0.transpose(2, 3), x_0)
+    decay = min(EMA_DECAY, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+
+# ==== Once an epoch ===============================================================================
+
+
+def to_tensor(pictures, device):
+    """0/1 pictures (n, 32, 32) as the model sees them: float (n, 1, 32, 32), on the device."""
+    return torch.from_numpy(shapes.to_model(pictures)).to(device)
 
 
 @torch.no_grad()
 def validation_loss(model, schedule, x_0):
-    """Eq. 14 on held-out pictures, with t uniform and always the same noise."""
-    t = torch.linspace(1, ddpm.T, len(x_0)).round().long().to(x_0.device)  # (n,)
-    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1)).to(x_0.device)
-    parts = zip(x_0.split(64), t.split(64), eps.split(64))
-    losses = [ddpm.loss_fn(model, schedule, *part) * len(part[0]) for part in parts]
-    return (sum(losses) / len(x_0)).item()
+    """The training loss on other pictures, always with the same t and noise, and not mirrored."""
+    generator = torch.Generator().manual_seed(1)
+    t = ddpm.draw_t(len(x_0), generator).to(x_0.device)
+    eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+    return ddpm.loss_fn(model, schedule, x_0, t, eps).item()
+
+
+def draw_grid(model, schedule, device):
+    """Samples from the same noise every time: (GRID_PICTURES, 1, 32, 32), on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    x_T = torch.randn(GRID_PICTURES, 1, 32, 32, generator=generator).to(device)
+    return ddpm.sample(model, schedule, x_T, GRID_STEPS, generator=generator).cpu()
 
 
 def save_curve(path, history):
     """Draws the losses of every epoch, and the shares of right samples, against time."""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     left = figure.subplots()
-    right = left.twinx()
-    for axes, key, label, style in (
-        (left, "train_loss", "training loss", "C0.-"),
-        (left, "val_loss", "validation loss", "C1.-"),
-        (right, "right", "right pictures", "C2o-"),
-        (right, "right shapes", "right shapes", "C3o-"),
-    ):
-        rows = [row for row in history if key in row]
-        axes.plot([row["minutes"] for row in rows], [row[key] for row in rows], style, label=label)
     left.set(xlabel="minutes", ylabel="loss (mean squared error)", yscale="log")
-    right.set(ylabel="share of samples", ylim=(0, None))
-    figure.legend(loc="outside upper center", ncols=4, fontsize=8)
+    right = left.twinx()
+    right.set(ylabel="share of right samples", ylim=(0, 1))
+    for axes, key, style in ((left, "loss", "C0-"), (left, "validation", "C1-"), (right, "right", "C2o-")):
+        rows = [row for row in history if key in row]
+        axes.plot([row["minutes"] for row in rows], [row[key] for row in rows], style, label=key)
+    figure.legend(loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=120)
 
 
-def set_aside(folder):
-    """Moves the files of an earlier run into a folder of their own, so that none is lost."""
-    names = ("samples_*.png", "loss.png", "best.pt", "latest.pt")
-    if files := [file for name in names for file in sorted(folder.glob(name))]:
-        aside = folder / time.strftime("run_%Y-%m-%d_%H-%M-%S")
+def claim(folder, name, epoch):
+    """Makes sure that what is in the folder is of this run, before its epoch is written there.
+
+    An earlier run is moved into a folder of its own. If another run has written latest.pt since,
+    this one ends with one line.
+    """
+    latest = folder / "latest.pt"
+    if epoch == 1 and latest.exists():
+        aside = folder / f"before_{name}"
         aside.mkdir()
-        for file in files:
-            file.rename(aside / file.name)
-        print(f"{folder} held an earlier run: moved to {aside}")
+        for pattern in ("*.pt", "*.png"):
+            for file in folder.glob(pattern):
+                file.rename(aside / file.name)
+        tqdm.write(f"{folder} held an earlier run: moved to {aside}")
+    elif latest.exists():
+        last = torch.load(latest, map_location="cpu", weights_only=True)
+        if (last["name"], last["epoch"]) != (name, epoch - 1):
+            sys.exit(f"error: another training writes to {folder}; this one stops")
 
 
 # ==== Training ====================================================================================
 
 
-def train(argv=None, name=None, after_epoch=lambda: None):
-    """Trains. argv: the flags, default: those of the command line. name: of the run in
-    TensorBoard, default: the time. after_epoch: called when the files of an epoch are written."""
-    args, saved = parse(argv)
+def train_epoch(model, average, optimizers, schedule, data, args, epoch, bar):
+    """Algorithm 1 for one pass over the data. Returns the loss of every step, a list."""
+    # Every epoch has its own seed: a run that is resumed is the same as one that never stopped.
+    seed = np.random.SeedSequence([args.seed, epoch]).generate_state(1).item()
+    generator = torch.Generator(data.device).manual_seed(seed)
+    order = torch.randperm(len(data), generator=generator, device=data.device)
+    batches = len(data) // args.batch_size  # the rest, less than a batch, is left out
+    losses = []
+    for i in range(batches):
+        step = (epoch - 1) * batches + i + 1
+        rate = min(1, step / WARMUP, math.sqrt(DECAY_FROM / step))
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
+
+        x_0 = data[order[i * args.batch_size : (i + 1) * args.batch_size]]  # (B, 1, 32, 32)
+        x_0 = shapes.mirror(x_0, generator)
+        t = ddpm.draw_t(len(x_0), generator, x_0.device)  # (B,)
+        eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)  # (B, 1, 32, 32)
+        loss = ddpm.loss_fn(model, schedule, x_0, t, eps)  # Eq. 14
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        for optimizer in optimizers:
+            optimizer.step()
+        update_average(average, model, step)
+
+        losses.append(loss.detach())
+        bar.update()
+    return torch.stack(losses).tolist()
+
+
+def train(args, saved=None, name=None, after_epoch=lambda: None):
+    """Trains. args, saved: what parse returns. name: of the run, default: time and process.
+    after_epoch: called when the files of an epoch are written."""
     device, folder = ddpm.pick_device(args.device), Path(args.checkpoints)
     torch.manual_seed(args.seed)
     schedule = ddpm.Schedule(device)
-    model = ddpm.UNet(**saved["config"] if saved else {}).to(device)
-    ema, optimizers = ddpm.EMA(model), optimizers_for(model, args.lr)
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    generator = torch.Generator(device).manual_seed(args.seed)  # of everything random in training
-    history, name = [], name or time.strftime("%Y-%m-%d_%H-%M-%S")
+    model = ddpm.UNet().to(device)
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizers = optimizers_for(model, args.lr)
+    history, name = [], name or time.strftime(f"%Y-%m-%d_%H-%M-%S_{os.getpid()}")
     if saved:
-        try:
-            model.load_state_dict(saved["model"])
-            ema.model.load_state_dict(saved["ema"])
-            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            generator.set_state(saved["generator"])
-            history, name = saved["history"], saved["name"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as e:
-            reason = str(e).splitlines()[0]
-            sys.exit(f"error: {folder / 'latest.pt'} cannot be resumed on {device}: {reason}")
-    # A small network leaves a GPU waiting for its next kernel, a small program, to be launched.
-    # Compiled, it needs far fewer. That takes Triton, a C compiler and Python's headers.
-    headers = Path(sysconfig.get_path("include")) / "Python.h"
-    if device == "cuda" and find_spec("triton") and shutil.which("cc") and headers.exists():
+        history, name = saved["history"], saved["name"]
+        model.load_state_dict(saved["model"])
+        average.load_state_dict(saved["ema"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+    if args.compile:
         model.compile()
-        ema.model.compile()
-    data = draw_data(args.samples, args.seed, device)
-    held_out = draw_data(HELD_OUT, [args.seed, 1], device)
-    batches = args.samples // args.batch_size  # the rest, less than a batch, is left out
-    step = len(history) * batches
-
+        average.compile()
+    data = to_tensor(shapes.make_dataset(args.samples, args.seed), device)
+    others = to_tensor(shapes.make_dataset(VALIDATION, [args.seed, 1]), device)
     folder.mkdir(parents=True, exist_ok=True)
-    writer = SummaryWriter(Path(args.logs) / name, purge_step=step + 1)
-    if not saved:
-        set_aside(folder)
-    latest = folder / "latest.pt"
-    written = latest.stat().st_mtime_ns if saved else None  # when this run wrote latest.pt
     number_type = "bfloat16" if ddpm.fast_bfloat16(device) else "float32"
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{device}, {number_type}: {parameters:,} parameters, {args.samples:,} pictures")
-    if len(history) >= args.epochs:
-        print(f"{latest} has {len(history)} epochs already; a larger --epochs goes on")
-    bar = tqdm(total=args.epochs * batches, initial=step, unit="step")
-    with writer, bar:
-        for epoch in range(len(history) + 1, args.epochs + 1):
-            start, losses = time.perf_counter(), []
-            order = torch.randperm(len(data), generator=generator, device=device)
-            for batch in order.split(args.batch_size)[:batches]:
-                step += 1
-                x_0 = mirror(data[batch], generator)  # (B, 1, 32, 32)
-                loss = ddpm.training_loss(model, schedule, x_0, generator)
-                model.zero_grad(set_to_none=True)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-                factor = min(1, step / WARMUP, math.sqrt(DECAY_FROM / step))
-                for optimizer, peak in zip(optimizers, peaks):
-                    optimizer.param_groups[0]["lr"] = peak * factor
-                    optimizer.step()
-                ema.update(model, step)
-                losses.append(loss.detach())
-                bar.update()
-                if step % 20 == 0:  # .item() waits for the GPU, so not at every step
-                    bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
+    print(f"{device}, {number_type}: {ddpm.count(model):,} parameters, {len(data):,} pictures", flush=True)
 
-            losses = torch.stack(losses).tolist()
-            row = {"epoch": epoch, "train_loss": sum(losses) / batches}
-            row["val_loss"] = validation_loss(ema.model, schedule, held_out)
-            if not math.isfinite(sum(losses) + row["val_loss"]):
-                sys.exit(f"error: the loss of epoch {epoch} is not finite; try a lower --lr")
-            line = f"epoch {epoch}: loss {row['train_loss']:.4f}, validation {row['val_loss']:.4f}"
-            if epoch % SAMPLE_EVERY == 0 or epoch == args.epochs:
-                bar.set_postfix_str(f"drawing {GRID_PICTURES} samples")
-                z = torch.Generator().manual_seed(0)  # draws the same noise every time
-                x_T = torch.randn(GRID_PICTURES, 1, 32, 32, generator=z).to(device)
-                x = ddpm.sample(ema.model, schedule, x_T, GRID_STEPS, generator=z).cpu()
-                grid = shapes.tile(shapes.from_model(x), columns=16)
-                shapes.save_picture(folder / f"samples_{epoch:04d}.png", grid)
-                writer.add_image("samples", grid[None], step)
-                counts = shapes.score(x)
-                row |= {key: float(counts[key]) for key in ("right", "right shapes")}
-                line += f", right: {row['right']:.0%} of pictures, "
-                line += f"{row['right shapes']:.0%} of shapes"
-                bar.set_postfix_str("")
-            for i, value in enumerate(losses, start=step - batches + 1):
-                writer.add_scalar("loss/train", value, i)
-            for key in row.keys() & {"val_loss", "right", "right shapes"}:
-                writer.add_scalar(key, row[key], step)
-            minutes = (time.perf_counter() - start) / 60
-            row["minutes"] = minutes + (history[-1]["minutes"] if history else 0)
-            history.append(row)
+    batches = len(data) // args.batch_size
+    bar = tqdm(total=args.epochs * batches, initial=len(history) * batches, disable=None)
+    writer = SummaryWriter(Path(args.logs) / name)
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        start = time.perf_counter()
+        losses = train_epoch(model, average, optimizers, schedule, data, args, epoch, bar)
+        row = {"loss": sum(losses) / batches}
+        row["validation"] = validation_loss(average, schedule, others)
+        if not math.isfinite(row["loss"] + row["validation"]):
+            sys.exit(f"error: the loss of epoch {epoch} is not finite; try a lower --lr")
+        claim(folder, name, epoch)
+        if epoch % SAMPLE_EVERY == 0 or epoch == args.epochs:
+            x = draw_grid(average, schedule, device)
+            row["right"] = float(shapes.score(x)["right"])
+            grid = shapes.tile(shapes.from_model(x), columns=16)
+            shapes.save_picture(folder / f"samples_{epoch:04d}.png", grid)
+            writer.add_image("samples", grid[None], epoch)
+        for key, value in row.items():
+            writer.add_scalar(key, value, epoch)
+        before = history[-1]["minutes"] if history else 0
+        history.append({**row, "minutes": before + (time.perf_counter() - start) / 60})
 
-            if written != (latest.stat().st_mtime_ns if latest.exists() else None):
-                sys.exit(f"error: another training writes to {folder}; this one stops")
-            state = {"config": model.config, "run": {flag: getattr(args, flag) for flag in RUN}}
-            state |= {"epoch": epoch, "ema": ema.model.state_dict()}
-            # best before latest: if the program is killed between the two, the epoch is done again.
-            if row["val_loss"] == min(r["val_loss"] for r in history):
-                small = {key: weight.half() for key, weight in state["ema"].items()}  # 16 bits
-                ddpm.save(folder / "best.pt", state | {"ema": small})
-            state |= {"model": model.state_dict(), "generator": generator.get_state()}
-            state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-            ddpm.save(latest, state | {"history": history, "name": name})
-            save_curve(folder / "loss.png", history)
-            after_epoch()
-            written = latest.stat().st_mtime_ns
-            bar.write(line)
+        flags = {flag: getattr(args, flag) for flag in RUN}
+        state = {"config": model.config, "flags": flags, "epoch": epoch, "name": name}
+        # best before latest: if the program is killed between the two, the epoch is done again.
+        if row["validation"] == min(r["validation"] for r in history):
+            half = {key: weight.half() for key, weight in average.state_dict().items()}  # 16 bits
+            ddpm.save(folder / "best.pt", {**state, "ema": half})
+        state["ema"], state["model"] = average.state_dict(), model.state_dict()
+        state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+        ddpm.save(folder / "latest.pt", {**state, "history": history})
+        save_curve(folder / "loss.png", history)
+        after_epoch()
+        text = [f"{key} {value:.4f}" for key, value in row.items()]
+        tqdm.write(f"epoch {epoch}: {', '.join(text)}")
+        sys.stdout.flush()
+    bar.close()
+    writer.close()
 
 
 def main():
-    # Each step frees its tensors, and glibc gives their memory back to Linux, which hands it out
-    # again page by page. Keeping it makes a step 17 % faster.
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, 32 MB
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    args, saved = parse(sys.argv[1:])
     try:
-        train()
+        train(args, saved)
     except KeyboardInterrupt:
-        print("\nstopped; the same command with --resume goes on after the last finished epoch")
+        print("\nstopped; if an epoch was finished, the same command with --resume goes on after it")
         sys.exit(130)
-    except (OSError, MemoryError, RuntimeError) as e:
-        ddpm.exit_with(e)
+    except OSError as e:
+        sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":

@@ -139,13 +139,13 @@ def make_dataset(n, seed):
 
 
 def to_model(pictures):
-    """0/1 pictures (n, 32, 32) -> float32 (n, 1, 32, 32), background -1 and shape +1."""
-    return np.asarray(pictures, dtype=np.float32)[:, None] * 2 - 1
+    """0/1 pictures (n, 32, 32) -> a tensor, float32 (n, 1, 32, 32), background -1 and shape +1."""
+    return torch.from_numpy(np.asarray(pictures, dtype=np.float32))[:, None] * 2 - 1
 
 
 def from_model(x):
-    """(n, 1, 32, 32), about [-1, 1] -> float32 (n, 32, 32) in [0, 1], clipped."""
-    return np.clip((np.asarray(x, dtype=np.float32)[:, 0] + 1) / 2, 0, 1)
+    """A tensor (n, 1, 32, 32), about [-1, 1] -> an array (n, 32, 32) in [0, 1], clipped."""
+    return ((x[:, 0] + 1) / 2).clamp(0, 1).numpy()
 
 
 def mirror(x, generator):

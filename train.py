@@ -24,15 +24,17 @@ import shapes
 
 ADAM_RATE = 1.6e-3  # peak rate of Adam, for biases, norms, and the first and last layer
 WARMUP = 100  # steps in which the rates rise from 0: the first gradients say little
-DECAY_FROM = 1000  # steps after which the rates fall as 1 / sqrt(step), however long the run is
+DECAY_FROM = 1000  # steps after which the rates fall as 1 / sqrt(step): BEYOND THE PAPER
 CLIP = 1.0  # the largest norm of a gradient, all weights together
 EMA_DECAY = 0.9995  # the average is over about the last 1 / (1 - 0.9995) = 2000 steps
 SAMPLE_EVERY = 5  # epochs between two grids of samples
 GRID_PICTURES, GRID_STEPS = 64, 20  # samples of a grid, and the sampling steps for it
 VALIDATION = 512  # pictures for the validation loss
+RUN = ("epochs", "samples", "batch_size", "lr", "seed")  # the flags that are saved with a run
 
 
 def parser():
+    """The flags."""
     p = argparse.ArgumentParser(
         description="Train a diffusion model on 32x32 pictures of shapes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -50,9 +52,6 @@ def parser():
     return p
 
 
-RUN = ("epochs", "samples", "batch_size", "lr", "seed")  # the flags that are saved with a run
-
-
 def parse(argv):
     """Returns (args, checkpoint or None). With --resume, what is not given comes from latest.pt."""
     flags, saved = parser(), None
@@ -63,7 +62,7 @@ def parse(argv):
         args = flags.parse_args(argv)
         for name in RUN[1:]:
             if getattr(args, name) != saved["flags"][name]:
-                flags.error(f"with --resume only --epochs can change, not {name}")
+                flags.error(f"--resume takes all but --epochs from the run: {saved['flags']}")
     if not 1 <= args.batch_size <= args.samples:
         flags.error("--batch-size must be from 1 to --samples")
     if args.epochs < 1 or not 0 < args.lr < math.inf or not 0 <= args.seed < 2**32:
@@ -73,28 +72,26 @@ def parse(argv):
 
 # ==== The optimizers ==============================================================================
 #
-# BEYOND THE PAPER: Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the weight
-# matrices. The gradient of a matrix is large in a few directions and small in most. Adam scales each
-# number on its own, so a few directions still win. Muon moves about equally far in all directions.
-# MUONPRICE
-# To delete it, return one Adam for all parameters in `optimizers_for`.
+# BEYOND THE PAPER, which takes Adam for all: Muon (Jordan et al. 2024,
+# kellerjordan.github.io/posts/muon) for the weight matrices. The gradient of a matrix is large in a
+# few directions and small in most. Adam scales each number on its own, so a few directions still
+# win. Muon moves about equally far in all. To do without it, let `optimizers_for` return Adam only.
 
 
-def orthogonal(matrix):
-    """About U V^T, if the matrix (m, n) is U S V^T: all its singular values become about 1.
+def orthogonal(x):
+    """About U V^T, if the matrix x is U S V^T: all its singular values become about 1.
 
     Divided by the norm they are at most 1. Three rounds of a polynomial act on each of them, with
-    no need to compute U, S and V. Those above 0.03 end between 0.65 and 1.25. (Jordan et al. take
+    no need to compute U, S and V: those above 0.03 end between 0.65 and 1.25. (Jordan et al. take
     five rounds.)
     """
-    dtype = torch.bfloat16 if ddpm.fast_bfloat16(matrix.device.type) else torch.float32
-    x = (matrix / (matrix.norm() + 1e-7)).to(dtype)
-    tall = len(x) > x.shape[1]
-    x = x.mT if tall else x  # at least as wide as tall, so that x @ x.mT is small
+    x = x / (x.norm() + 1e-7)
+    if ddpm.fast_bfloat16(x.device.type):
+        x = x.bfloat16()
     for _ in range(3):
         square = x @ x.mT
         x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
-    return (x.mT if tall else x).to(matrix.dtype)
+    return x.float()
 
 
 class Muon(torch.optim.Optimizer):
@@ -111,15 +108,16 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["average"] = torch.zeros_like(p)
             average = self.state[p]["average"].lerp_(p.grad, 1 - group["momentum"])
             x = p.grad.lerp(average, group["momentum"])  # Nesterov: the newest gradient once more
-            x = orthogonal(x.flatten(1))  # a convolution (c_out, c_in, 3, 3) as (c_out, 9 c_in)
-            # Rows or columns of length 1 have n numbers, each about 1 / sqrt(n). Times sqrt(n) they
-            # are about 1 in every matrix, so one lr fits all.
-            p.add_(x.view_as(p), alpha=-group["lr"] * math.sqrt(max(x.shape)))
+            x = x.flatten(1)  # a convolution (c_out, c_in, 3, 3) as a matrix (c_out, 9 c_in)
+            m, n = x.shape
+            x = orthogonal(x) if m <= n else orthogonal(x.mT).mT  # its squares are then small
+            # Rows or columns of length 1 hold numbers of about 1 / sqrt(max(m, n)). Times this root
+            # they are about 1 in every matrix, so one lr fits all.
+            p.add_(x.view_as(p), alpha=-group["lr"] * math.sqrt(max(m, n)))
 
 
 def optimizers_for(model, lr):
-    """Muon for the matrices; Adam for biases, norms, and the first and last layer, which turn
-    pixels into channels and back."""
+    """Muon for the matrices; Adam for biases, norms, and the first and last layer."""
     ends = {model.stem.weight, model.out.weight}
     matrices = [p for p in model.parameters() if p.ndim > 1 and p not in ends]
     others = [p for p in model.parameters() if p.ndim == 1 or p in ends]
@@ -130,37 +128,25 @@ def optimizers_for(model, lr):
 def update_average(average, model, step):
     """Moves the exponential moving average (EMA) of the weights; call after step 1, 2, ...
 
-    Each step follows the gradient of one small batch, which is noisy. The average over many steps
-    is less so, and samples are drawn from it (Ho, Appendix B). The gradient must be taken at the
-    raw weights: the average hardly moves in one step, so it would say little of what the step did.
-    At first a smaller decay averages over the last ninth of the steps, without the random start.
+    Each step follows the gradient of one small batch, which is noisy. The average is less so:
+    samples come from it (Ho, Appendix B). Training goes on at the raw weights, since one step hardly
+    moves the average: a gradient there would not see what the step has done. At first the average
+    is over the last ninth of the steps only, without the random start.
     """
     decay = min(EMA_DECAY, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    torch._foreach_lerp_([*average.parameters()], [*model.parameters()], 1 - decay)
 
 
 # ==== Once an epoch ===============================================================================
 
 
-def to_tensor(pictures, device):
-    """0/1 pictures (n, 32, 32) as the model sees them: float (n, 1, 32, 32), on the device."""
-    return torch.from_numpy(shapes.to_model(pictures)).to(device)
-
-
 @torch.no_grad()
 def validation_loss(model, schedule, x_0):
-    """The training loss on other pictures, always with the same t and noise, and not mirrored."""
+    """The training loss on other pictures, always with the same t and noise."""
     generator = torch.Generator().manual_seed(1)
     t = ddpm.draw_t(len(x_0), generator).to(x_0.device)
     eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
     return ddpm.loss_fn(model, schedule, x_0, t, eps).item()
-
-
-def draw_grid(model, schedule, device):
-    """Samples from the same noise every time: (GRID_PICTURES, 1, 32, 32), on the CPU."""
-    generator = torch.Generator().manual_seed(0)
-    x_T = torch.randn(GRID_PICTURES, 1, 32, 32, generator=generator).to(device)
-    return ddpm.sample(model, schedule, x_T, GRID_STEPS, generator=generator).cpu()
 
 
 def save_curve(path, history):
@@ -170,7 +156,8 @@ def save_curve(path, history):
     left.set(xlabel="minutes", ylabel="loss (mean squared error)", yscale="log")
     right = left.twinx()
     right.set(ylabel="share of right samples", ylim=(0, 1))
-    for axes, key, style in ((left, "loss", "C0-"), (left, "validation", "C1-"), (right, "right", "C2o-")):
+    lines = (left, "loss", "C0-"), (left, "validation", "C1-"), (right, "right", "C2o-")
+    for axes, key, style in lines:
         rows = [row for row in history if key in row]
         axes.plot([row["minutes"] for row in rows], [row[key] for row in rows], style, label=key)
     figure.legend(loc="outside upper center", ncols=3)
@@ -178,119 +165,110 @@ def save_curve(path, history):
 
 
 def claim(folder, name, epoch):
-    """Makes sure that what is in the folder is of this run, before its epoch is written there.
+    """Makes sure, before epoch `epoch` of run `name` is saved, that the folder belongs to this run.
 
-    An earlier run is moved into a folder of its own. If another run has written latest.pt since,
-    this one ends with one line.
+    An older run is moved into a folder of its own. If another one has saved since, this one ends.
     """
     latest = folder / "latest.pt"
-    if epoch == 1 and latest.exists():
-        aside = folder / f"before_{name}"
-        aside.mkdir()
-        for pattern in ("*.pt", "*.png"):
-            for file in folder.glob(pattern):
-                file.rename(aside / file.name)
-        tqdm.write(f"{folder} held an earlier run: moved to {aside}")
-    elif latest.exists():
-        last = torch.load(latest, map_location="cpu", weights_only=True)
+    if epoch > 1 and latest.exists():
+        last, _ = ddpm.load(latest)
         if (last["name"], last["epoch"]) != (name, epoch - 1):
             sys.exit(f"error: another training writes to {folder}; this one stops")
+    elif latest.exists():
+        aside = folder / f"before_{name}"
+        aside.mkdir()
+        for file in [*folder.glob("*.pt"), *folder.glob("*.png")]:
+            file.rename(aside / file.name)
+        tqdm.write(f"{folder} held an older run: moved to {aside}")
 
 
 # ==== Training ====================================================================================
 
 
 def train_epoch(model, average, optimizers, schedule, data, args, epoch, bar):
-    """Algorithm 1 for one pass over the data. Returns the loss of every step, a list."""
-    # Every epoch has its own seed: a run that is resumed is the same as one that never stopped.
+    """Algorithm 1, once through the data. Returns the mean loss."""
+    # Every epoch has a seed of its own, so a resumed run is the same as one that never stopped.
     seed = np.random.SeedSequence([args.seed, epoch]).generate_state(1).item()
     generator = torch.Generator(data.device).manual_seed(seed)
     order = torch.randperm(len(data), generator=generator, device=data.device)
-    batches = len(data) // args.batch_size  # the rest, less than a batch, is left out
+    batches = order.split(args.batch_size)[: len(data) // args.batch_size]  # only full ones
     losses = []
-    for i in range(batches):
-        step = (epoch - 1) * batches + i + 1
-        rate = min(1, step / WARMUP, math.sqrt(DECAY_FROM / step))
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
-
-        x_0 = data[order[i * args.batch_size : (i + 1) * args.batch_size]]  # (B, 1, 32, 32)
-        x_0 = shapes.mirror(x_0, generator)
+    for step, batch in enumerate(batches, start=(epoch - 1) * len(batches) + 1):
+        x_0 = shapes.mirror(data[batch], generator)  # (B, 1, 32, 32)
         t = ddpm.draw_t(len(x_0), generator, x_0.device)  # (B,)
-        eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)  # (B, 1, 32, 32)
+        eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
         loss = ddpm.loss_fn(model, schedule, x_0, t, eps)  # Eq. 14
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        rate = min(1, step / WARMUP, math.sqrt(DECAY_FROM / step))
         for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
             optimizer.step()
         update_average(average, model, step)
-
         losses.append(loss.detach())
         bar.update()
-    return torch.stack(losses).tolist()
+    return torch.stack(losses).mean().item()
 
 
-def train(args, saved=None, name=None, after_epoch=lambda: None):
-    """Trains. args, saved: what parse returns. name: of the run, default: time and process.
-    after_epoch: called when the files of an epoch are written."""
+def train(args, saved, name, after_epoch=lambda: None):
+    """Trains. args, saved: what parse returns. name: of a new run. after_epoch: called when the
+    files of an epoch are written."""
     device, folder = ddpm.pick_device(args.device), Path(args.checkpoints)
     torch.manual_seed(args.seed)
-    schedule = ddpm.Schedule(device)
-    model = ddpm.UNet().to(device)
+    schedule, model, history = ddpm.Schedule(device), ddpm.UNet().to(device), []
     average = copy.deepcopy(model).requires_grad_(False)
     optimizers = optimizers_for(model, args.lr)
-    history, name = [], name or time.strftime(f"%Y-%m-%d_%H-%M-%S_{os.getpid()}")
     if saved:
-        history, name = saved["history"], saved["name"]
         model.load_state_dict(saved["model"])
         average.load_state_dict(saved["ema"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
+        history = saved["history"]
     if args.compile:
         model.compile()
         average.compile()
-    data = to_tensor(shapes.make_dataset(args.samples, args.seed), device)
-    others = to_tensor(shapes.make_dataset(VALIDATION, [args.seed, 1]), device)
+    data = shapes.to_model(shapes.make_dataset(args.samples, args.seed)).to(device)
+    validation = shapes.to_model(shapes.make_dataset(VALIDATION, [args.seed, 1])).to(device)
     folder.mkdir(parents=True, exist_ok=True)
     number_type = "bfloat16" if ddpm.fast_bfloat16(device) else "float32"
-    print(f"{device}, {number_type}: {ddpm.count(model):,} parameters, {len(data):,} pictures", flush=True)
+    print(f"{device}, {number_type}, {args.samples:,} pictures", flush=True)
 
-    batches = len(data) // args.batch_size
+    batches = args.samples // args.batch_size
     bar = tqdm(total=args.epochs * batches, initial=len(history) * batches, disable=None)
     writer = SummaryWriter(Path(args.logs) / name)
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
-        losses = train_epoch(model, average, optimizers, schedule, data, args, epoch, bar)
-        row = {"loss": sum(losses) / batches}
-        row["validation"] = validation_loss(average, schedule, others)
+        row = {"loss": train_epoch(model, average, optimizers, schedule, data, args, epoch, bar)}
+        row["validation"] = validation_loss(average, schedule, validation)
         if not math.isfinite(row["loss"] + row["validation"]):
             sys.exit(f"error: the loss of epoch {epoch} is not finite; try a lower --lr")
         claim(folder, name, epoch)
         if epoch % SAMPLE_EVERY == 0 or epoch == args.epochs:
-            x = draw_grid(average, schedule, device)
-            row["right"] = float(shapes.score(x)["right"])
+            x = ddpm.sample(average, schedule, GRID_PICTURES, GRID_STEPS).cpu()
+            row["right"] = shapes.score(x)["right"]
             grid = shapes.tile(shapes.from_model(x), columns=16)
             shapes.save_picture(folder / f"samples_{epoch:04d}.png", grid)
             writer.add_image("samples", grid[None], epoch)
         for key, value in row.items():
             writer.add_scalar(key, value, epoch)
-        before = history[-1]["minutes"] if history else 0
-        history.append({**row, "minutes": before + (time.perf_counter() - start) / 60})
+        text = ", ".join(f"{key} {value:.4f}" for key, value in row.items())
+        minutes = (time.perf_counter() - start) / 60
+        row["minutes"] = minutes + (history[-1]["minutes"] if history else 0)
+        history.append(row)
 
-        flags = {flag: getattr(args, flag) for flag in RUN}
-        state = {"config": model.config, "flags": flags, "epoch": epoch, "name": name}
+        state = {"config": model.config, "flags": {flag: getattr(args, flag) for flag in RUN}}
+        state.update(name=name, epoch=epoch, history=history, ema=average.state_dict())
         # best before latest: if the program is killed between the two, the epoch is done again.
-        if row["validation"] == min(r["validation"] for r in history):
-            half = {key: weight.half() for key, weight in average.state_dict().items()}  # 16 bits
+        if row["validation"] == min(earlier["validation"] for earlier in history):
+            half = {key: weight.half() for key, weight in state["ema"].items()}  # 16 bits
             ddpm.save(folder / "best.pt", {**state, "ema": half})
-        state["ema"], state["model"] = average.state_dict(), model.state_dict()
+        state["model"] = model.state_dict()
         state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-        ddpm.save(folder / "latest.pt", {**state, "history": history})
+        ddpm.save(folder / "latest.pt", state)
         save_curve(folder / "loss.png", history)
         after_epoch()
-        text = [f"{key} {value:.4f}" for key, value in row.items()]
-        tqdm.write(f"epoch {epoch}: {', '.join(text)}")
+        tqdm.write(f"epoch {epoch}: {text}")
         sys.stdout.flush()
     bar.close()
     writer.close()
@@ -298,10 +276,15 @@ def train(args, saved=None, name=None, after_epoch=lambda: None):
 
 def main():
     args, saved = parse(sys.argv[1:])
+    name = saved["name"] if saved else time.strftime(f"%Y-%m-%d_%H-%M-%S_{os.getpid()}")
     try:
-        train(args, saved)
+        train(args, saved, name)
     except KeyboardInterrupt:
-        print("\nstopped; if an epoch was finished, the same command with --resume goes on after it")
+        latest = Path(args.checkpoints) / "latest.pt"
+        if latest.exists() and ddpm.load(latest)[0]["name"] == name:
+            print("\nstopped; the same command with --resume goes on after the last epoch")
+        else:
+            print("\nstopped in the first epoch: nothing was saved")
         sys.exit(130)
     except OSError as e:
         sys.exit(f"error: {e}")

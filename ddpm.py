@@ -171,12 +171,9 @@ def draw_t(n, generator, device="cpu"):
     """Draws n values of t for training: int64 (n,), in 1..T.
 
     BEYOND THE PAPER, where t is uniform: torch.randint(1, T + 1, (n,)). Here it is the mean of two
-    uniform draws (rounded down), so most t lie near T / 2, where the picture is decided. For one in
-    sixteen both draws are the same one, so that these t are uniform and the ends are not forgotten.
+    uniform draws (rounded down), so most t lie near T / 2, where the picture is decided.
     """
-    two = torch.randint(1, T + 1, (2, n), generator=generator, device=device)
-    two[1, : n // 16] = two[0, : n // 16]
-    return two.sum(0) // 2  # (n,)
+    return torch.randint(1, T + 1, (2, n), generator=generator, device=device).sum(0) // 2  # (n,)
 
 
 # ==== 3. Back: from x_t to x_{t-1} ================================================================

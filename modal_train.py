@@ -1,10 +1,8 @@
 """Trains on a cloud GPU: modal run modal_train.py --epochs 200 --batch-size 128
 
-The training is train.py's own, on an A100 at modal.com, with a volume named diffusion-checkpoints
-in place of the folder checkpoints/. Your machine needs nothing but modal, and may be switched off
-after modal run --detach modal_train.py. Fetch the result with
-
-    mkdir -p checkpoints && modal volume get --force diffusion-checkpoints best.pt checkpoints/
+The training is train.py's own, with its flags, on an A100 at modal.com, with a volume named
+diffusion-checkpoints in place of the folder checkpoints/. Your machine needs nothing but modal, and
+may be switched off after modal run --detach modal_train.py.
 """
 
 import sys
@@ -19,7 +17,7 @@ app = modal.App("toy-diffusion")
 volume = modal.Volume.from_name("diffusion-checkpoints", create_if_missing=True)
 image = (
     modal.Image.debian_slim(python_version="3.12")
-    .apt_install("gcc", "libc6-dev")  # for torch.compile
+    .apt_install("gcc", "libc6-dev")  # for --compile
     .pip_install("torch", "numpy", "matplotlib", "tensorboard", "tqdm")
     .add_local_python_source("ddpm", "shapes", "train")
 )
@@ -35,30 +33,19 @@ def train_in_cloud(flags, name, folder=FOLDER):
     # Modal may stop a machine at any time and call the function again with the same arguments. If
     # the volume then holds a checkpoint of this very run, the run goes on from there.
     latest = Path(folder) / "latest.pt"
-    saved = torch.load(latest, "cpu", weights_only=True) if latest.exists() else {}
-    if saved.get("name") == name and "--resume" not in flags:
+    last = torch.load(latest, map_location="cpu", weights_only=True) if latest.exists() else {}
+    if last.get("name") == name and "--resume" not in flags:
         flags = [*flags, "--resume"]
-    commit = (lambda: None) if modal.is_local() else volume.commit
     try:
-        train.train([*flags, "--checkpoints", folder, "--logs", f"{folder}/logs"], name, commit)
+        args, saved = train.parse([*flags, "--checkpoints", folder, "--logs", f"{folder}/logs"])
+        name = saved["name"] if saved else name
+        after_epoch = (lambda: None) if modal.is_local() else volume.commit
+        train.train(args, saved, name, after_epoch)
     except SystemExit as stop:  # a wrong flag, for example: Modal need not try again
         return stop.code
 
 
 @app.local_entrypoint()
-def main(
-    epochs: int | None = None,
-    samples: int | None = None,
-    batch_size: int | None = None,
-    lr: float | None = None,
-    resume: bool = False,
-    seed: int | None = None,
-    device: str | None = None,
-):
-    """Train on 32x32 pictures of shapes on an A100 at modal.com, with the flags of train.py."""
-    given = {"epochs": epochs, "samples": samples, "batch-size": batch_size, "lr": lr}
-    given |= {"seed": seed, "device": device}
-    flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
-    if resume:
-        flags.append("--resume")
-    sys.exit(train_in_cloud.remote(flags, time.strftime("%Y-%m-%d_%H-%M-%S")))
+def main(*flags):
+    """Takes the flags of train.py."""
+    sys.exit(train_in_cloud.remote(list(flags), time.strftime("%Y-%m-%d_%H-%M-%S")))

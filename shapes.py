@@ -1,22 +1,22 @@
 """The data: 32x32 binary pictures with one to three shapes from a catalogue.
 
-    python shapes.py        saves shapes.png (data with labels) and catalogue.png (every shape)
+    python shapes.py        saves shapes.png (data in colours) and catalogue.png (every shape)
 
-Nothing is downloaded. Why drawn shapes and not photographs? Whether a generated face is good is a
-matter of opinion. Whether a generated circle is right can be checked, pixel for pixel.
+Whether a generated face is good is a matter of opinion. Whether a generated circle is right can be
+checked, pixel for pixel.
 """
 
 import math
-import sys
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
+from matplotlib.colors import to_rgb
 from matplotlib.image import imsave
 
 SIZE = 32  # pixels, height and width of a picture
 GRID = 4  # all sizes and places are multiples of this
 KINDS = ("circle", "rectangle", "triangle", "line")
+COLOURS = ("orange", "deepskyblue", "limegreen", "violet")  # of KINDS, in pictures for people
 MAX_SHAPES = 3
 MORE = 0.4  # the probability of the second shape, and of the third
 TRIES = 30  # positions tried for a shape before its picture begins again
@@ -85,8 +85,7 @@ KIND_OF = {key(mask): kind for kind in KINDS for mask in CATALOGUE[kind]}
 
 # ==== 2. The data set =============================================================================
 # Five rules make the task clear, for the model and the score:
-# - Shapes lie on a grid of 4 pixels. Four pixels of an upright edge then say the same, and an edge
-#   that is off by one pixel is always wrong.
+# - Shapes lie on a grid of 4 pixels. An edge that is off by one pixel is always wrong.
 # - No shape is small: 34 pixels at least, and most have more than 60. The smaller a shape, the
 #   later it comes out of the noise.
 # - Lines may be as long as the picture. (With a lower limit, many wrong shapes were longer lines.)
@@ -120,8 +119,7 @@ def make_dataset(n, seed):
     """n pictures, uint8 (n, 32, 32), background 0 and shape 1; the same for the same seed.
 
     36 % of the pictures have one shape, 48 % two and 16 % three. Kinds, masks and places are
-    uniform; masks and places are drawn again if the shapes do not fit. seed: an int or a list of
-    ints, as for numpy's default_rng.
+    uniform; masks and places are drawn again if the shapes do not fit. seed: as for default_rng.
     """
     rng = np.random.default_rng(seed)
     pictures = np.zeros((n, SIZE, SIZE), dtype=np.uint8)
@@ -174,6 +172,11 @@ def tile(pictures, columns=8, scale=4):
         y, x = i // columns * h, i % columns * w
         grid[y + 1 : y + h - 1, x + 1 : x + w - 1] = picture.repeat(scale, 0).repeat(scale, 1)
     return grid
+
+
+def save_grid(path, x, columns=8):
+    """Saves what the model has drawn, (n, 1, 32, 32), about [-1, 1], as one picture."""
+    save_picture(path, tile(from_model(x), columns))
 
 
 def save_picture(path, picture):
@@ -248,31 +251,22 @@ def score(x, training=()):
     }
 
 
-def save_labelled_grid(path, pictures):
-    """Saves 32 0/1 pictures (32, 32, 32) with the kinds of their shapes above them."""
-    figure = Figure(figsize=(10.4, 6.4), layout="constrained")
-    for axes, picture in zip(figure.subplots(4, 8).flat, pictures):
-        axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
-        axes.set_title("\n".join(kind for kind, _ in explain(picture)), fontsize=7)
-        axes.set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=120)
-
-
-def save_catalogue(path):
-    """Saves all masks of the catalogue side by side, each in the middle of its cell."""
-    cells = np.zeros((len(KIND_OF), SIZE, SIZE))
-    for cell, mask in zip(cells, (mask for masks in CATALOGUE.values() for mask in masks)):
-        h, w = mask.shape
-        y, x = (SIZE - h) // 2, (SIZE - w) // 2
-        cell[y : y + h, x : x + w] = mask
-    save_picture(path, tile(cells, columns=12, scale=2))
+def coloured(pictures):
+    """0/1 pictures (n, 32, 32) -> (n, 32, 32, 3), with shapes in COLOURS, other blobs in red."""
+    images = np.zeros((*pictures.shape, 3), dtype=np.float32)
+    for image, picture in zip(images, pictures):
+        for kind, blob in explain(picture):
+            image[blob] = to_rgb(COLOURS[KINDS.index(kind)] if kind else "red")
+    return images
 
 
 if __name__ == "__main__":
-    try:
-        save_labelled_grid("shapes.png", make_dataset(32, seed=0))
-        save_catalogue("catalogue.png")
-    except OSError as e:
-        sys.exit(f"error: {e.strerror}: {e.filename}")
-    counts = ", ".join(f"{len(masks)} {kind}s" for kind, masks in CATALOGUE.items())
-    print(f"saved shapes.png and catalogue.png: {counts}")
+    save_picture("shapes.png", tile(coloured(make_dataset(32, seed=0)), columns=8))
+    cells = np.zeros((len(KIND_OF), SIZE, SIZE))
+    masks = [mask for kind in KINDS for mask in CATALOGUE[kind]]
+    for cell, mask in zip(cells, masks):
+        h, w = mask.shape
+        y, x = (SIZE - h) // 2, (SIZE - w) // 2
+        cell[y : y + h, x : x + w] = mask
+    save_picture("catalogue.png", tile(cells, columns=12, scale=2))
+    print(f"saved shapes.png and catalogue.png, {len(masks)} shapes")

@@ -1,8 +1,8 @@
 """Trains the diffusion model: python train.py, on CUDA, on MPS or on a CPU.
 
-After every epoch it writes checkpoints/latest.pt (all that --resume needs), checkpoints/best.pt if
-the validation loss is the lowest so far (what sample.py needs) and loss.png; every five epochs, and
-after the last, a grid of samples. TensorBoard shows the same: tensorboard --logdir logs.
+Every epoch it writes checkpoints/latest.pt (all that --resume needs), loss.png and, if the
+validation loss is the lowest so far, best.pt (what sample.py needs); every five epochs, and after
+the last, a grid of samples. TensorBoard shows the curves: tensorboard --logdir logs
 """
 
 import argparse
@@ -24,17 +24,16 @@ import shapes
 
 ADAM_RATE = 1.6e-3  # peak rate of Adam, for biases, norms, and the first and last layer
 WARMUP = 100  # steps in which the rates rise from 0: the first gradients say little
-DECAY_FROM = 1000  # steps after which the rates fall as 1 / sqrt(step): BEYOND THE PAPER
+DECAY_FROM = 1000  # BEYOND THE PAPER: after so many steps the rates fall as 1 / sqrt(step)
 CLIP = 1.0  # the largest norm of a gradient, all weights together
 EMA_DECAY = 0.9995  # the average is over about the last 1 / (1 - 0.9995) = 2000 steps
 SAMPLE_EVERY = 5  # epochs between two grids of samples
-GRID_PICTURES, GRID_STEPS = 64, 20  # samples of a grid, and the sampling steps for it
+PICTURES, STEPS = 64, 20  # samples of a grid, and the sampling steps for it
 VALIDATION = 512  # pictures for the validation loss
-RUN = ("epochs", "samples", "batch_size", "lr", "seed")  # the flags that are saved with a run
+SAVED = ("epochs", "samples", "batch_size", "lr", "seed")  # the flags that a checkpoint keeps
 
 
 def parser():
-    """The flags."""
     p = argparse.ArgumentParser(
         description="Train a diffusion model on 32x32 pictures of shapes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -60,9 +59,8 @@ def parse(argv):
         saved, _ = ddpm.load(Path(args.checkpoints) / "latest.pt")
         flags.set_defaults(**saved["flags"])
         args = flags.parse_args(argv)
-        for name in RUN[1:]:
-            if getattr(args, name) != saved["flags"][name]:
-                flags.error(f"--resume takes all but --epochs from the run: {saved['flags']}")
+        if {**saved["flags"], "epochs": args.epochs} != {key: getattr(args, key) for key in SAVED}:
+            flags.error(f"with --resume only --epochs can change, of {saved['flags']}")
     if not 1 <= args.batch_size <= args.samples:
         flags.error("--batch-size must be from 1 to --samples")
     if args.epochs < 1 or not 0 < args.lr < math.inf or not 0 <= args.seed < 2**32:
@@ -70,21 +68,9 @@ def parse(argv):
     return args, saved
 
 
-# ==== The optimizers ==============================================================================
-#
-# BEYOND THE PAPER, which takes Adam for all: Muon (Jordan et al. 2024,
-# kellerjordan.github.io/posts/muon) for the weight matrices. The gradient of a matrix is large in a
-# few directions and small in most. Adam scales each number on its own, so a few directions still
-# win. Muon moves about equally far in all. To do without it, let `optimizers_for` return Adam only.
-
-
 def orthogonal(x):
-    """About U V^T, if the matrix x is U S V^T: all its singular values become about 1.
-
-    Divided by the norm they are at most 1. Three rounds of a polynomial act on each of them, with
-    no need to compute U, S and V: those above 0.03 end between 0.65 and 1.25. (Jordan et al. take
-    five rounds.)
-    """
+    """About U V^T, if the matrix x is U S V^T: three rounds of a polynomial move its singular
+    values, at most 1 after the division, to 0.65 ... 1.25, unless they are below 0.03."""
     x = x / (x.norm() + 1e-7)
     if ddpm.fast_bfloat16(x.device.type):
         x = x.bfloat16()
@@ -95,10 +81,15 @@ def orthogonal(x):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon. lr: about the root mean square of what a step adds to a matrix."""
+    """BEYOND THE PAPER, which takes Adam: an optimizer for matrices (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon). lr: about the root mean square of a step.
 
-    def __init__(self, matrices, lr, momentum=0.95):
-        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+    The gradient of a matrix is large in a few directions and small in most. Adam scales each number
+    on its own, so a few directions still win. Muon moves about equally far in all of them.
+    """
+
+    def __init__(self, matrices, lr):
+        super().__init__(matrices, {"lr": lr})
 
     @torch.no_grad()
     def step(self):
@@ -106,13 +97,12 @@ class Muon(torch.optim.Optimizer):
         for p in group["params"]:
             if "average" not in self.state[p]:
                 self.state[p]["average"] = torch.zeros_like(p)
-            average = self.state[p]["average"].lerp_(p.grad, 1 - group["momentum"])
-            x = p.grad.lerp(average, group["momentum"])  # Nesterov: the newest gradient once more
+            average = self.state[p]["average"].lerp_(p.grad, 0.05)
+            x = p.grad.lerp(average, 0.95)  # Nesterov: the newest gradient once more
             x = x.flatten(1)  # a convolution (c_out, c_in, 3, 3) as a matrix (c_out, 9 c_in)
             m, n = x.shape
             x = orthogonal(x) if m <= n else orthogonal(x.mT).mT  # its squares are then small
-            # Rows or columns of length 1 hold numbers of about 1 / sqrt(max(m, n)). Times this root
-            # they are about 1 in every matrix, so one lr fits all.
+            # Now x holds numbers of about 1 / sqrt(max(m, n)). Times this root, one lr fits all.
             p.add_(x.view_as(p), alpha=-group["lr"] * math.sqrt(max(m, n)))
 
 
@@ -128,16 +118,12 @@ def optimizers_for(model, lr):
 def update_average(average, model, step):
     """Moves the exponential moving average (EMA) of the weights; call after step 1, 2, ...
 
-    Each step follows the gradient of one small batch, which is noisy. The average is less so:
-    samples come from it (Ho, Appendix B). Training goes on at the raw weights, since one step hardly
-    moves the average: a gradient there would not see what the step has done. At first the average
-    is over the last ninth of the steps only, without the random start.
+    Steps follow the gradients of small batches, which are noisy; the average is less so, and gives
+    the samples (Ho, Appendix B). Gradients are taken at the raw weights, since the average is far
+    behind them. At first it is over the last ninth of the steps, without the random start.
     """
     decay = min(EMA_DECAY, (1 + step) / (10 + step))
     torch._foreach_lerp_([*average.parameters()], [*model.parameters()], 1 - decay)
-
-
-# ==== Once an epoch ===============================================================================
 
 
 @torch.no_grad()
@@ -150,39 +136,31 @@ def validation_loss(model, schedule, x_0):
 
 
 def save_curve(path, history):
-    """Draws the losses of every epoch, and the shares of right samples, against time."""
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    left = figure.subplots()
-    left.set(xlabel="minutes", ylabel="loss (mean squared error)", yscale="log")
-    right = left.twinx()
-    right.set(ylabel="share of right samples", ylim=(0, 1))
-    lines = (left, "loss", "C0-"), (left, "validation", "C1-"), (right, "right", "C2o-")
-    for axes, key, style in lines:
+    """Draws the losses and the shares of right samples against the epochs."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, key in (left, "loss"), (left, "validation"), (right, "right"):
         rows = [row for row in history if key in row]
-        axes.plot([row["minutes"] for row in rows], [row[key] for row in rows], style, label=key)
-    figure.legend(loc="outside upper center", ncols=3)
+        axes.plot([row["epoch"] for row in rows], [row[key] for row in rows], ".-", label=key)
+        axes.set(xlabel="epoch")
+        axes.legend()
+    left.set(yscale="log")
     figure.savefig(path, dpi=120)
 
 
 def claim(folder, name, epoch):
-    """Makes sure, before epoch `epoch` of run `name` is saved, that the folder belongs to this run.
-
-    An older run is moved into a folder of its own. If another one has saved since, this one ends.
-    """
+    """Before an epoch is saved: moves what an older run has left in the folder into one of its own,
+    and ends this run if another one has saved there since."""
     latest = folder / "latest.pt"
-    if epoch > 1 and latest.exists():
-        last, _ = ddpm.load(latest)
-        if (last["name"], last["epoch"]) != (name, epoch - 1):
-            sys.exit(f"error: another training writes to {folder}; this one stops")
-    elif latest.exists():
+    last = ddpm.load(latest)[0] if latest.exists() else None
+    if last and epoch == 1:
         aside = folder / f"before_{name}"
         aside.mkdir()
         for file in [*folder.glob("*.pt"), *folder.glob("*.png")]:
             file.rename(aside / file.name)
         tqdm.write(f"{folder} held an older run: moved to {aside}")
-
-
-# ==== Training ====================================================================================
+    elif last and (last["name"], last["epoch"]) != (name, epoch - 1):
+        sys.exit(f"error: another training writes to {folder}; this one stops")
 
 
 def train_epoch(model, average, optimizers, schedule, data, args, epoch, bar):
@@ -201,8 +179,8 @@ def train_epoch(model, average, optimizers, schedule, data, args, epoch, bar):
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        rate = min(1, step / WARMUP, math.sqrt(DECAY_FROM / step))
         for optimizer in optimizers:
+            rate = min(1, step / WARMUP, math.sqrt(DECAY_FROM / step))
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
             optimizer.step()
         update_average(average, model, step)
@@ -212,8 +190,7 @@ def train_epoch(model, average, optimizers, schedule, data, args, epoch, bar):
 
 
 def train(args, saved, name, after_epoch=lambda: None):
-    """Trains. args, saved: what parse returns. name: of a new run. after_epoch: called when the
-    files of an epoch are written."""
+    """Trains. args, saved: as from parse. name: of the run. after_epoch: called after each save."""
     device, folder = ddpm.pick_device(args.device), Path(args.checkpoints)
     torch.manual_seed(args.seed)
     schedule, model, history = ddpm.Schedule(device), ddpm.UNet().to(device), []
@@ -231,47 +208,36 @@ def train(args, saved, name, after_epoch=lambda: None):
     data = shapes.to_model(shapes.make_dataset(args.samples, args.seed)).to(device)
     validation = shapes.to_model(shapes.make_dataset(VALIDATION, [args.seed, 1])).to(device)
     folder.mkdir(parents=True, exist_ok=True)
-    number_type = "bfloat16" if ddpm.fast_bfloat16(device) else "float32"
-    print(f"{device}, {number_type}, {args.samples:,} pictures", flush=True)
-
+    writer = SummaryWriter(Path(args.logs) / name)
+    print(f"{device}, bfloat16: {ddpm.fast_bfloat16(device)}", flush=True)
     batches = args.samples // args.batch_size
     bar = tqdm(total=args.epochs * batches, initial=len(history) * batches, disable=None)
-    writer = SummaryWriter(Path(args.logs) / name)
     for epoch in range(len(history) + 1, args.epochs + 1):
-        start = time.perf_counter()
-        row = {"loss": train_epoch(model, average, optimizers, schedule, data, args, epoch, bar)}
+        row = {"epoch": epoch}
+        row["loss"] = train_epoch(model, average, optimizers, schedule, data, args, epoch, bar)
         row["validation"] = validation_loss(average, schedule, validation)
         if not math.isfinite(row["loss"] + row["validation"]):
             sys.exit(f"error: the loss of epoch {epoch} is not finite; try a lower --lr")
         claim(folder, name, epoch)
         if epoch % SAMPLE_EVERY == 0 or epoch == args.epochs:
-            x = ddpm.sample(average, schedule, GRID_PICTURES, GRID_STEPS).cpu()
+            x = ddpm.sample(average, schedule, PICTURES, STEPS).cpu()
             row["right"] = shapes.score(x)["right"]
-            grid = shapes.tile(shapes.from_model(x), columns=16)
-            shapes.save_picture(folder / f"samples_{epoch:04d}.png", grid)
-            writer.add_image("samples", grid[None], epoch)
+            shapes.save_grid(folder / f"samples_{epoch:04d}.png", x, columns=16)
         for key, value in row.items():
             writer.add_scalar(key, value, epoch)
-        text = ", ".join(f"{key} {value:.4f}" for key, value in row.items())
-        minutes = (time.perf_counter() - start) / 60
-        row["minutes"] = minutes + (history[-1]["minutes"] if history else 0)
         history.append(row)
-
-        state = {"config": model.config, "flags": {flag: getattr(args, flag) for flag in RUN}}
+        state = {"config": model.config, "flags": {key: getattr(args, key) for key in SAVED}}
         state.update(name=name, epoch=epoch, history=history, ema=average.state_dict())
         # best before latest: if the program is killed between the two, the epoch is done again.
-        if row["validation"] == min(earlier["validation"] for earlier in history):
+        if row["validation"] == min(past["validation"] for past in history):
             half = {key: weight.half() for key, weight in state["ema"].items()}  # 16 bits
             ddpm.save(folder / "best.pt", {**state, "ema": half})
-        state["model"] = model.state_dict()
         state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-        ddpm.save(folder / "latest.pt", state)
+        ddpm.save(folder / "latest.pt", {**state, "model": model.state_dict()})
         save_curve(folder / "loss.png", history)
         after_epoch()
-        tqdm.write(f"epoch {epoch}: {text}")
+        tqdm.write(", ".join(f"{key} {round(value, 4)}" for key, value in row.items()))
         sys.stdout.flush()
-    bar.close()
-    writer.close()
 
 
 def main():
@@ -280,11 +246,7 @@ def main():
     try:
         train(args, saved, name)
     except KeyboardInterrupt:
-        latest = Path(args.checkpoints) / "latest.pt"
-        if latest.exists() and ddpm.load(latest)[0]["name"] == name:
-            print("\nstopped; the same command with --resume goes on after the last epoch")
-        else:
-            print("\nstopped in the first epoch: nothing was saved")
+        print("\nstopped; if it has finished an epoch, the same command with --resume goes on")
         sys.exit(130)
     except OSError as e:
         sys.exit(f"error: {e}")

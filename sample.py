@@ -8,11 +8,14 @@ python sample.py --score --n 1000   how many of 1000 pictures are right, drawn i
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+
+os.environ["MPLBACKEND"] = "agg"  # a notebook may ask for a backend that is not installed
 from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
@@ -143,7 +146,7 @@ def main():
     print(f"{checkpoint}, epoch {state['epoch']}, on {device}")
     stops = []
     walk = ddpm.walk(model, schedule, args.n, args.steps, args.eta, args.seed)
-    for t, x_t, x_0 in tqdm(walk, total=args.steps + 1):
+    for t, x_t, x_0 in tqdm(walk, total=args.steps + 1, disable=None):
         if args.process or t == 0:
             stops.append((t, x_t.cpu(), x_0.cpu()))
     x = stops[-1][1]  # (n, 1, 32, 32)

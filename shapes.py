@@ -10,20 +10,19 @@ import math
 
 import numpy as np
 import torch
-from matplotlib.colors import to_rgb
-from matplotlib.image import imsave
+from PIL import Image
 
 SIZE = 32  # pixels, height and width of a picture
 GRID = 4  # all sizes and places are multiples of this
 KINDS = ("circle", "rectangle", "triangle", "line")
-COLOURS = ("orange", "deepskyblue", "limegreen", "violet")  # of KINDS, in pictures for people
+COLOURS = ((1, 0.6, 0), (0, 0.7, 1), (0.2, 0.8, 0.2), (0.9, 0.5, 0.9))  # of KINDS, to look at
 MAX_SHAPES = 3
 MORE = 0.4  # the probability of the second shape, and of the third
 TRIES = 30  # positions tried for a shape before its picture begins again
 
-# ==== 1. The catalogue: every legal shape, as a small mask ========================================
+# ==== 1. The catalogue: every legal shape =========================================================
 # A mask is a bool array that just fits around its shape: True is shape, False is background.
-# The functions below make one mask each, in one orientation. All lengths are in pixels.
+# All lengths are in pixels.
 
 
 def circle(diameter):
@@ -39,10 +38,8 @@ def rectangle(height, width):
 
 
 def triangle(height, rise):
-    """A filled isosceles triangle, tip up: both sides move out by 1 pixel every rise rows.
-
-    The tip is two pixels wide. Returns (height, 2 * ceil(height / rise)).
-    """
+    """A filled isosceles triangle, tip up, 2 pixels wide there: both sides move out by 1 pixel
+    every rise rows. Returns (height, 2 * ceil(height / rise))."""
     half = -(-height // rise)  # half of the width, rounded up
     y, x = np.ogrid[:height, -half:half]
     return abs(x + 0.5) - 0.5 <= y // rise
@@ -67,8 +64,8 @@ def key(mask):
 
 def make_catalogue():
     """{kind: list of masks}, with all mirror images and each mask once."""
-    made = [("circle", circle(diameter)) for diameter in range(8, 17, GRID)]
-    sides = range(8, 17, GRID)
+    sides = (8, 12, 16)
+    made = [("circle", circle(diameter)) for diameter in sides]
     made += [("rectangle", rectangle(height, width)) for height in sides for width in sides]
     made += [("triangle", triangle(height, rise)) for height, rise in ((8, 1), (12, 2), (16, 2))]
     made += [("line", rectangle(GRID, length)) for length in range(12, SIZE + 1, GRID)]
@@ -84,13 +81,10 @@ CATALOGUE = make_catalogue()
 KIND_OF = {key(mask): kind for kind in KINDS for mask in CATALOGUE[kind]}
 
 # ==== 2. The data set =============================================================================
-# Five rules make the task clear, for the model and the score:
+# Four rules make the task clear, for the model and the score:
 # - Shapes lie on a grid of 4 pixels. An edge that is off by one pixel is always wrong.
-# - No shape is small: 34 pixels at least, and most have more than 60. The smaller a shape, the
-#   later it comes out of the noise.
-# - Lines may be as long as the picture. (With a lower limit, many wrong shapes were longer lines.)
-# - Shapes keep apart. If they could touch, a picture could be read in more than one way: an L is
-#   two rectangles, or one rectangle with a corner missing.
+# - No shape is small: 34 pixels at least. A smaller one would come later out of the noise.
+# - Shapes keep apart, so that a picture can be read in one way only: an L could be two rectangles.
 # - Every picture has one shape. Each of two more is added with probability 0.4.
 
 
@@ -116,10 +110,10 @@ def draw_picture(kinds, rng):
 
 
 def make_dataset(n, seed):
-    """n pictures, uint8 (n, 32, 32), background 0 and shape 1; the same for the same seed.
+    """n pictures, uint8 (n, 32, 32), background 0 and shape 1. seed: as for default_rng.
 
-    36 % of the pictures have one shape, 48 % two and 16 % three. Kinds, masks and places are
-    uniform; masks and places are drawn again if the shapes do not fit. seed: as for default_rng.
+    36 % have one shape, 48 % two and 16 % three. Kinds, masks and places are uniform; masks and
+    places are drawn again if the shapes do not fit.
     """
     rng = np.random.default_rng(seed)
     pictures = np.zeros((n, SIZE, SIZE), dtype=np.uint8)
@@ -149,8 +143,7 @@ def from_model(x):
 def mirror(x, generator):
     """Mirrors each picture at random, left-right, up-down and along the diagonal: (n, 1, 32, 32).
 
-    BEYOND THE PAPER, which mirrors left-right only. The mirror image of a legal shape is legal, so
-    one picture gives eight. x: a torch tensor. generator: on the device of x.
+    BEYOND THE PAPER, which mirrors left-right only: here all eight mirror images are legal.
     """
     coins = torch.rand(3, len(x), 1, 1, 1, generator=generator, device=x.device) < 0.5
     x = torch.where(coins[0], x.flip(3), x)
@@ -159,10 +152,8 @@ def mirror(x, generator):
 
 
 def tile(pictures, columns=8, scale=4):
-    """Pictures side by side, a grey line between them, as one array to look at.
-
-    pictures: (n, h, w) or (n, h, w, 3), in [0, 1]. Every pixel becomes scale x scale pixels.
-    """
+    """Pictures (n, h, w) or (n, h, w, 3), in [0, 1], side by side as one array, with grey lines
+    between them. Every pixel becomes scale x scale pixels."""
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
     _, h, w, *colours = pictures.shape
@@ -181,7 +172,7 @@ def save_grid(path, x, columns=8):
 
 def save_picture(path, picture):
     """Saves an array (height, width) or (height, width, 3), in [0, 1], as a PNG."""
-    imsave(path, picture, cmap="gray", vmin=0, vmax=1, format="png")
+    Image.fromarray((picture * 255).astype(np.uint8)).save(path, "PNG")
 
 
 # ==== 4. Which shapes are in a picture? ===========================================================
@@ -206,10 +197,7 @@ def find_blobs(picture):
 
 def explain(picture):
     """Cuts a 0/1 picture (32, 32) into blobs and looks each up: a list of (kind or None, blob).
-
-    Shapes do not touch, so in a right picture every blob is a shape of the catalogue. Raises
-    ValueError for another size or other values.
-    """
+    Raises ValueError for another size or other values."""
     picture = np.asarray(picture)
     if picture.shape != (SIZE, SIZE) or not np.isin(picture, (0, 1)).all():
         raise ValueError(f"expected a picture of 0 and 1, ({SIZE}, {SIZE}), got {picture.shape}")
@@ -225,9 +213,8 @@ def explain(picture):
 
 
 def score(x, training=()):
-    """What a batch of generated pictures is like, in numbers.
+    """x: float (n, 1, 32, 32); above 0 is shape. training: uint8 (m, 32, 32), what was trained on.
 
-    x: float (n, 1, 32, 32); above 0 is shape. training: uint8 (m, 32, 32), what was trained on.
     Returns shares: "right" pictures, which hold one to three legal shapes and nothing else; "right
     shapes", of all blobs; "copies" of training pictures or their mirror images; "distinct"
     pictures. And counts in right pictures: "kinds", int (4,), in the order of KINDS; "shapes", int
@@ -252,21 +239,19 @@ def score(x, training=()):
 
 
 def coloured(pictures):
-    """0/1 pictures (n, 32, 32) -> (n, 32, 32, 3), with shapes in COLOURS, other blobs in red."""
+    """0/1 pictures (n, 32, 32) -> (n, 32, 32, 3): blobs in COLOURS, red if in no catalogue."""
     images = np.zeros((*pictures.shape, 3), dtype=np.float32)
     for image, picture in zip(images, pictures):
         for kind, blob in explain(picture):
-            image[blob] = to_rgb(COLOURS[KINDS.index(kind)] if kind else "red")
+            image[blob] = COLOURS[KINDS.index(kind)] if kind else (1, 0, 0)
     return images
 
 
 if __name__ == "__main__":
-    save_picture("shapes.png", tile(coloured(make_dataset(32, seed=0)), columns=8))
-    cells = np.zeros((len(KIND_OF), SIZE, SIZE))
+    save_picture("shapes.png", tile(coloured(make_dataset(32, seed=0))))
     masks = [mask for kind in KINDS for mask in CATALOGUE[kind]]
+    cells = np.zeros((len(masks), SIZE, SIZE))
     for cell, mask in zip(cells, masks):
-        h, w = mask.shape
-        y, x = (SIZE - h) // 2, (SIZE - w) // 2
-        cell[y : y + h, x : x + w] = mask
+        cell[: mask.shape[0], : mask.shape[1]] = mask
     save_picture("catalogue.png", tile(cells, columns=12, scale=2))
     print(f"saved shapes.png and catalogue.png, {len(masks)} shapes")

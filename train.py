@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+os.environ["MPLBACKEND"] = "agg"  # a notebook may ask for a backend that is not installed
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -210,6 +212,8 @@ def train(args, saved, name, after_epoch=lambda: None):
     folder.mkdir(parents=True, exist_ok=True)
     writer = SummaryWriter(Path(args.logs) / name)
     print(f"{device}, bfloat16: {ddpm.fast_bfloat16(device)}", flush=True)
+    if len(history) >= args.epochs:
+        print(f"{len(history)} epochs are done already; a larger --epochs goes on")
     batches = args.samples // args.batch_size
     bar = tqdm(total=args.epochs * batches, initial=len(history) * batches, disable=None)
     for epoch in range(len(history) + 1, args.epochs + 1):

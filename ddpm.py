@@ -110,10 +110,9 @@ class Schedule:
 
 
 def q_sample(schedule, x_0, t, eps):
-    """Draws x_t from q(x_t | x_0), Eq. 4.
+    """Draws x_t from q(x_t | x_0), Eq. 4: float (B, 1, H, W).
 
-    x_0: float (B, 1, H, W) in [-1, 1]. t: int64 (B,), in 0..T. eps: standard normal float
-    (B, 1, H, W). Returns x_t: float (B, 1, H, W).
+    x_0: float (B, 1, H, W) in [-1, 1]. t: int64 (B,), in 0..T. eps: standard normal, like x_0.
     """
     signal, noise = schedule.signal_and_noise(t)
     return signal * x_0 + noise * eps
@@ -209,9 +208,9 @@ def draw_t(n, generator, device="cpu"):
 
 
 def ddpm_step(schedule, x_t, t, eps, z):
-    """Line 4 of Algorithm 2: x_{t-1} = mu(x_t, eps) + sigma_t z, with mu of Eq. 11.
+    """Line 4 of Algorithm 2: x_{t-1} = mu + sigma_t z, with mu of Eq. 11: float (B, 1, H, W).
 
-    x_t, eps, z: float (B, 1, H, W); t: int in 1..T. Returns x_{t-1}: (B, 1, H, W).
+    x_t, eps, z: float (B, 1, H, W). t: int, in 1..T.
     """
     beta, alpha = schedule.beta[t], schedule.alpha[t]
     var_t, var_before = schedule.one_minus_alpha_bar[t], schedule.one_minus_alpha_bar[t - 1]
@@ -242,8 +241,8 @@ def algorithm_2(model, schedule, x_T, generator=None):
     yield 0, x, x
 
 
-# This is DDPM, complete. The rest answers questions: does it work (4), must it be a thousand steps
-# (5), why this loss (6), and what is the network (7)?
+# This is DDPM, complete. Does it work (4)? Must it be a thousand steps (5)? Why this loss (6)? What
+# is the network (7)?
 
 # ==== 4. One pixel, by hand =======================================================================
 #
@@ -255,10 +254,8 @@ def algorithm_2(model, schedule, x_T, generator=None):
 
 
 def one_pixel(schedule):
-    """The perfect network for independent pixels of -1 and +1: a function of x_t and t.
-
-    It takes x_t (B, 1, H, W) and t (B,), and returns the best guess of eps, (B, 1, H, W).
-    """
+    """The perfect network for independent pixels of -1 and +1: a function of x_t (B, 1, H, W) and
+    t (B,) that returns the best guess of eps, (B, 1, H, W)."""
 
     def perfect(x_t, t):
         signal, noise = schedule.signal_and_noise(t)
@@ -319,10 +316,9 @@ def one_pixel(schedule):
 
 
 def ddim_step(schedule, x_t, t, s, x_0, z, eta):
-    """Eq. 12 of DDIM: from x_t to x_s, 0 <= s < t <= T, with the eps that fits x_t and x_0 (Eq. 4).
+    """Eq. 12 of DDIM: x_s from x_t, 0 <= s < t <= T, with the eps that fits x_t and x_0 (Eq. 4).
 
-    x_t, x_0 (the guess), z (fresh noise): float (B, 1, H, W). t, s: int. eta: 0 to 1. Returns x_s:
-    (B, 1, H, W).
+    x_t, x_0 (the guess), z (fresh noise), x_s: float (B, 1, H, W). t, s: int. eta: 0 to 1.
     """
     var_t, var_s = schedule.one_minus_alpha_bar[t], schedule.one_minus_alpha_bar[s]
     ratio = schedule.alpha_bar[t] / schedule.alpha_bar[s]
@@ -334,9 +330,7 @@ def ddim_step(schedule, x_t, t, s, x_0, z, eta):
 
 def timesteps(steps):
     """The t to visit: `steps` integers from T down to 1, evenly spaced up to rounding; then 0.
-
-    With one step only T. Raises ValueError unless steps is in 1..T.
-    """
+    Raises ValueError unless steps is in 1..T."""
     if not 1 <= steps <= T:
         raise ValueError(f"steps must be between 1 and {T}, got {steps}")
     return [round(t) for t in np.linspace(T, 1, steps)] + [0]
@@ -350,10 +344,8 @@ def timesteps(steps):
 
 @torch.no_grad()
 def ddim(model, schedule, x_T, steps, eta=1.0, generator=None):
-    """DDIM in `steps` steps, 1..T, with eta from 0 to 1. Otherwise as algorithm_2.
-
-    Raises ValueError, on the first next(), as timesteps does.
-    """
+    """DDIM in `steps` steps, with eta from 0 to 1. Otherwise as algorithm_2. Raises ValueError as
+    timesteps does, on the first next()."""
     x = x_T
     for t, s in pairwise(timesteps(steps)):
         times = torch.full((len(x),), t, device=x.device)  # (B,)
@@ -365,10 +357,8 @@ def ddim(model, schedule, x_T, steps, eta=1.0, generator=None):
 
 
 def walk(model, schedule, n, steps=T, eta=1.0, seed=0):
-    """n walks from noise to pictures: Algorithm 2 if steps = T and eta = 1, otherwise DDIM.
-
-    seed: of x_T and z. Yields as algorithm_2 does, on the device of the schedule.
-    """
+    """n walks from noise to pictures: Algorithm 2 if steps = T and eta = 1, otherwise DDIM. Yields
+    as they do, on the device of the schedule. seed: of x_T and z."""
     generator = torch.Generator().manual_seed(seed)
     x_T = torch.randn(n, 1, 32, 32, generator=generator).to(schedule.beta.device)  # (n, 1, 32, 32)
     if steps == T and eta == 1:
@@ -488,10 +478,8 @@ def zero_init(layer):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, a residual block: (B, C, H, W) -> (B, C, H, W).
-
-    width: size of queries, keys and values, all heads together.
-    """
+    """Multi-head self-attention, a residual block: (B, C, H, W) -> (B, C, H, W). width: size of
+    queries, keys and values, all heads together."""
 
     def __init__(self, channels, width):
         super().__init__()
@@ -652,7 +640,7 @@ def load(path):
         model = UNet(**state["config"])
         model.load_state_dict(state["ema"])
     except Exception as e:  # noqa: BLE001, a foreign file can be wrong in any way
-        sys.exit(f"error: cannot load {path}: {type(e).__name__}: {str(e)[:90].splitlines()[0]}")
+        sys.exit(f"error: cannot load {path}: {repr(e)[:120]}")
     return state, model.requires_grad_(False)
 
 
@@ -675,18 +663,16 @@ def load(path):
 
 
 def draw_forward(figure):
-    """A picture at several t, each with new noise."""
+    """A picture at several t."""
     import shapes
 
-    schedule, generator = Schedule(), torch.Generator().manual_seed(0)
     x_0 = shapes.to_model(shapes.make_dataset(4, seed=0)[3:])  # (1, 1, 32, 32)
+    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
     times = (0, 50, 100, 200, 300, 400, 600, 800, 1000)
     for axes, t in zip(figure.subplots(1, len(times)), times):
-        eps = torch.randn(x_0.shape, generator=generator)
-        x_t = q_sample(schedule, x_0, torch.tensor([t]), eps)
+        x_t = q_sample(Schedule(), x_0, torch.tensor([t]), eps)
         axes.imshow(x_t[0, 0], cmap="gray", vmin=-1, vmax=1)
         axes.set(xticks=[], yticks=[], title=f"t = {t}")
-        axes.set_xlabel(f"$\\bar\\alpha_t$ = {schedule.alpha_bar[t]:.2g}")
 
 
 def draw_one_pixel(figure):
@@ -711,4 +697,3 @@ if __name__ == "__main__":
         figure = Figure(figsize=(12, height), layout="constrained")
         draw(figure)
         figure.savefig(name, dpi=100)
-        print(f"saved {name}")

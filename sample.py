@@ -25,7 +25,7 @@ import shapes
 
 TRAINED = Path("checkpoints/best.pt")  # where train.py leaves its weights
 PRETRAINED = Path(__file__).parent / "assets/pretrained.pt"  # until there are some
-STRIP, GIF_FRAMES = 12, 40  # how many stops of the walk --process shows
+STRIP, GIF_FRAMES = 12, 32  # how many stops of the walk --process shows
 LOSS_AT = (2, 20, 100, 300, 400, 500, 600, 700, 800, 1000)  # the t of --score
 
 
@@ -59,7 +59,8 @@ def parse(argv):
     elif args.score:
         n = 500
     args.n = n if args.n is None else args.n
-    args.steps = args.steps or (50 if args.score else ddpm.T)
+    if args.steps is None:
+        args.steps = 50 if args.score else ddpm.T
     args.output = Path(args.output or name)
     if not 1 <= args.n <= (16 if args.process else 10_000):
         flags.error("--n must be from 1 to 10000, with --process from 1 to 16")
@@ -93,7 +94,9 @@ def save_process(path, walk):
 
     # The GIF: x_t above, the guess of x_0 below, and a bar as long as t. The end stands still.
     images = []
-    for t, x_t, x_0 in walk[:: max(1, len(walk) // GIF_FRAMES)] + walk[-1:] * 15:
+    frames = np.linspace(0, len(walk) - 1, min(GIF_FRAMES, len(walk))).astype(int)
+    for stop in [*frames, *[-1] * 15]:
+        t, x_t, x_0 = walk[stop]
         grid = shapes.tile(shapes.from_model(torch.cat([x_t, x_0])), columns=n)
         bar = np.zeros((6, grid.shape[1]))
         bar[:, : grid.shape[1] * t // ddpm.T] = 1
@@ -159,7 +162,7 @@ def main():
     elif args.explain:
         shapes.save_picture(args.output, shapes.tile(shapes.coloured((x[:, 0] > 0).numpy())))
     else:
-        shapes.save_grid(args.output, x, columns=8 if args.n <= 64 else 32)
+        shapes.save_grid(args.output, x, columns=8 if args.n <= 16 else 16)
     print(f"saved {args.output}")
 
 

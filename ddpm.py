@@ -3,8 +3,8 @@
 THE IDEA. Take a picture and add a little Gaussian noise. Repeat this a thousand times, until
 nothing of the picture is left. This direction is easy. Then train a network for the way back: it
 sees a noisy picture and guesses the noise in it. To draw a new picture, start from pure noise.
-Remove a little of the guessed noise, add fresh noise, but less than was removed, and guess again.
-After a thousand such steps the noise has become a picture.
+Remove a little of the guessed noise, add a little fresh noise, and guess again. Each step leaves a
+little less noise, and after a thousand of them there is a picture.
 
     x_0  ->  x_1  ->  x_2  ->  ...  ->  x_T      forward process q: fixed, adds noise
     x_0  <-  x_1  <-  x_2  <-  ...  <-  x_T      reverse process p: learned, removes noise
@@ -77,8 +77,9 @@ from torch import nn
 #
 # If beta_t is small, the first term is a narrow parabola, and over its width the second is almost
 # a straight line. A parabola plus a line is a parabola, so q(x_{t-1} | x_t) is almost a Gaussian.
-# This holds for any data, also for pixels with only two values: each step is a Gaussian, but what a
-# thousand of them lead to need not be one (section 4).
+# This holds for any data, also for pixels with two values: each step is a Gaussian, but what a
+# thousand of them lead to need not be one (section 4). Only in the last few steps it fails, but
+# there the picture can be seen, and the mean is all that is needed.
 
 T = 1000
 
@@ -118,7 +119,8 @@ def q_sample(schedule, x_0, t, eps):
     return signal * x_0 + noise * eps
 
 
-# At t = T nothing of x_0 may be left, since sampling starts from pure noise: its factor is 0.0064.
+# Sampling starts from pure noise, so at t = T nothing of x_0 should be left. Its factor in Eq. 4 is
+# 0.0064 there.
 
 # ==== 2. What to learn ============================================================================
 #
@@ -145,10 +147,12 @@ def loss_fn(model, schedule, x_0, t, eps):
     return F.mse_loss(model(x_t, t), eps)
 
 
-# That is line 5 of Algorithm 1. The whole loop is `train_epoch` in train.py.
+# That is line 5 of Algorithm 1. The whole loop is `train_epoch` in train.py. There, samples come
+# from a moving average of the weights, because single gradients are noisy; gradients are taken at
+# the raw weights, because the average is far behind them.
 #
-# Which guess has the least squared error? Many pictures fit the same x_t. Let m be their mean and
-# E the mean over them. A guess c of x_0 has the error
+# Which guess has the least squared error? Many pictures fit the same x_t. Let E be the mean over
+# them, weighted by how well they fit, and m = E x_0. A guess c of x_0 has the error
 #
 #     E (x_0 - c)^2 = E (x_0 - m)^2 + (m - c)^2
 #
@@ -156,19 +160,19 @@ def loss_fn(model, schedule, x_0, t, eps):
 # grey blur. This is why one cannot go from noise to a picture in one step. A small step follows the
 # guess only a little. Then fewer pictures fit, and the next guess is sharper.
 #
-# By Eq. 4, an error in eps is an error in x_0, times the signal-to-noise ratio:
+# By Eq. 4, a squared error of eps is one of x_0 times a factor, the signal-to-noise ratio:
 #
 #     (eps - guess of eps)^2 = alpha_bar_t / (1 - alpha_bar_t) * (x_0 - guess of x_0)^2
 #
-# The ratio falls from 9999 at t = 1 to 1 at t = 259 and 0.00004 at T. So an error in x_0 counts
-# much where the picture can be seen, and little where it can only be a blur.
+# It falls from 9999 at t = 1 to 1 at t = 259 and 0.00004 at T. So an error of x_0 counts much where
+# the picture can be seen, and little where it can only be a blur.
 
 
 def draw_t(n, generator, device="cpu"):
     """Draws n values of t for training: int64 (n,), in 1..T.
 
     BEYOND THE PAPER, where t is uniform: torch.randint(1, T + 1, (n,)). Here it is the mean of two
-    uniform draws (rounded down), so most t lie near T / 2, where the picture is decided.
+    uniform draws (rounded down): most t lie near T / 2, where pictures are decided (section 4).
     """
     return torch.randint(1, T + 1, (2, n), generator=generator, device=device).sum(0) // 2  # (n,)
 
@@ -192,8 +196,8 @@ def draw_t(n, generator, device="cpu"):
 #          + sqrt(alpha_t) (1 - alpha_bar_{t-1}) x_t ] / (1 - alpha_bar_t)                   (Eq. 7)
 #     beta_tilde_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
 #
-# We do not know x_0, but we have a guess of it, the mean of all x_0 that fit x_t. As mu is linear
-# in x_0, it gives the mean of x_{t-1}. To write mu with eps, put x_0 from Eq. 4 into Eq. 7:
+# We do not know x_0, but we have a guess of it, the mean of all x_0 that fit x_t. Put into mu, which
+# is linear in x_0, it gives the mean of x_{t-1}. To write mu with eps, put x_0 from Eq. 4 into Eq. 7:
 #
 #     factor of eps:  - sqrt(alpha_bar_{t-1} / alpha_bar_t) beta_t / sqrt(1 - alpha_bar_t)
 #                     = - beta_t / sqrt(1 - alpha_bar_t) / sqrt(alpha_t)
@@ -281,10 +285,9 @@ def one_pixel(schedule):
 #
 # At small t the pixel can be seen, and both errors are small. At large t it cannot: the guess is 0
 # and its squared error 1. But x_t is then almost nothing but eps, so eps is easy: the least
-# possible loss at T is the signal-to-noise ratio, 0.00004. The loss is largest in the middle, where
-# the picture is decided. So draw_t draws most t there.
-#
-# For whole pictures, the supplied network after 10 and after 100 epochs (sample.py --score):
+# possible loss at T is 1 times the signal-to-noise ratio, 0.00004. In between the pixel is decided,
+# and the loss is largest. In a picture many pixels agree, so it is decided earlier, at larger t.
+# Here is the supplied network after 10 and after 100 epochs (sample.py --score):
 #
 #     t                              2     100     300     400     500     600     700     800
 #     error of eps, epoch 10     0.496  0.0027  0.0007  0.0022  0.0084  0.0086  0.0035  0.0010
@@ -292,10 +295,11 @@ def one_pixel(schedule):
 #     error of x_0, epoch 10    0.0001  0.0003  0.0011   0.009   0.099    0.32    0.50    0.62
 #                   epoch 100  0.00003 0.00004  0.0002   0.004   0.085    0.31    0.48    0.55
 #
-# From 500 on little changes: what is left is doubt. At 300 and 400 the error of x_0 falls to less
-# than half, which the loss hardly shows. Meanwhile right pictures rise from 86 to 97 %.
+# From 500 on little changes: what is left is mostly doubt. At 400 and below, the errors fall to less
+# than half. The mean loss over all t hardly shows this, but right pictures (pixel for pixel, see
+# shapes.py) rise from 86 to 97 %.
 #
-# Could one start later, from pure noise at t = 500? No: x_500 still holds 0.28 x_0, and the network
+# Could one start later, with pure noise at t = 500? No: x_500 should hold 0.28 x_0, and the network
 # takes chance patterns for it. Of 200 pictures 50 % were right, and most had too many shapes.
 
 # ==== 5. Fewer steps ==============================================================================
@@ -336,10 +340,11 @@ def timesteps(steps):
     return [round(t) for t in np.linspace(T, 1, steps)] + [0]
 
 
-# Below, the guess of x_0 is clipped to [-1, 1]. Why? Eq. 4 divides by sqrt(alpha_bar_t), so at
-# t = T an error in eps is 157 times as large in x_0. A small step takes little of this x_0: its
-# factor in Eq. 7 is 0.0001 at t = T. A long step takes much more. Ho's own program clips in
-# Algorithm 2, too, and so uses Eq. 7: with a clipped x_0 it no longer gives the mean of Eq. 11.
+# Below, the guess of x_0 is clipped to [-1, 1]. Why? To get it, predict_x_0 divides by
+# sqrt(alpha_bar_t), so at t = T an error of eps is 157 times as large in x_0. A small step takes
+# little of this x_0: its factor in Eq. 7 is 0.0001 at t = T. A long step takes much more. Ho's own
+# program clips in Algorithm 2, too. Eq. 11 has no x_0 to clip, so it takes the mean of Eq. 7. The
+# two means are the same only as long as the clip changes nothing.
 
 
 @torch.no_grad()
@@ -385,15 +390,16 @@ def sample(*arguments, **options):
 # for the mean over the paths that q draws from x_0,
 #
 #     -log p(x_0) = -log E [ p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0) ]
-#                <= E [ -log p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0) ] = L                 (Eq. 3)
+#                <= E [ -log( p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0) ) ] = L              (Eq. 3)
 #
 # since -log of a mean is at most the mean of -log (Jensen's inequality). L is the variational
 # bound, and -L the evidence lower bound (ELBO). By Bayes' rule q can be written backwards,
 #
 #     q(x_1, ..., x_T | x_0) = q(x_T | x_0) q(x_{T-1} | x_T, x_0) ... q(x_1 | x_2, x_0)
 #
-# with posteriors as in section 3. Now p and q match factor by factor, and the logarithm makes a sum
-# of them. KL(q || p), the mean of log q - log p over q, measures how far p is from q:
+# with posteriors as in section 3. Now each factor of q has its counterpart in p, where p(x_0 | x_1)
+# is left over, and the logarithm makes a sum of them. KL(q || p), the mean of log q - log p over q,
+# measures how far p is from q:
 #
 #     L = E [ KL(q(x_T | x_0) || p(x_T))                                L_T: nothing to learn
 #             + sum over t > 1 of
@@ -408,16 +414,16 @@ def sample(*arguments, **options):
 #     w_t     = beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t))
 #             = beta_t / (2 alpha_t (1 - alpha_bar_{t-1}))              for sigma_t^2 = beta_tilde_t
 #
-# And t = 1? Pixel values are discrete, so L_0 is -log of the probability that N(mu_theta(x_1, 1),
-# sigma_1^2) gives to the bin around the true value (Eq. 13). With the density at the true value
-# times the width of the bin in its place, L_0 is a squared error of the mean like the others, and
-# by Eq. 11 one of eps.
+# And t = 1? Pixel values are discrete, so L_0 is -log of the probability that a Gaussian around
+# mu_theta(x_1, 1), of variance beta_1, gives to the bin around the true value (Eq. 13). Take the
+# density there times the width of the bin instead. Then L_0, too, is a squared error of the mean,
+# and by Eq. 11 one of eps.
 #
 # So every term is a squared error of eps, times a factor. Eq. 14 drops the factors. At each t the
 # best guess is the same: the factors only say where to try hardest. w_t falls from 0.6 at t = 2 to
-# 0.005 at t = 350 and rises to 0.01 at T. Without it less of the effort goes to small t, whose
+# 0.005 at t = 350 and rises to 0.01 at T. Without w_t less of the effort goes to small t, whose
 # noise cannot be seen, and more to large t, where pictures take shape (Ho, Section 3.4). The bound
-# gets worse and the samples better (Ho, Table 2).
+# gets worse and the samples better (Ho, Table 1).
 #
 # Noise prediction is score matching, too: the gradient of log q(x_t), called the score, is
 # -E[eps | x_t] / sqrt(1 - alpha_bar_t) (Ho, Section 3.2; Song & Ermon 2019, arXiv 1907.05600).
@@ -442,7 +448,7 @@ def time_embedding(t, dim):
 class Norm(nn.GroupNorm):
     """Normalises 8 channels of a picture at a time to mean 0 and variance 1; scales and shifts.
 
-    Not over the batch, as BatchNorm does: it mixes all t in training, and has one in sampling.
+    BatchNorm, over the whole batch, would see all t in training and a single t in sampling.
     """
 
     def __init__(self, channels):
@@ -454,8 +460,8 @@ class Norm(nn.GroupNorm):
 
 
 def zero_init(layer):
-    """Sets a layer to 0: the last one of each f in x + f(x) below, and the last of the network. At
-    first each block only passes on its input: the network begins shallow, easier to train."""
+    """Sets a layer to 0: the last one of each block below, and the last one of the network. At first
+    a block only passes on its input: the network begins shallow, which is easier to train."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -473,8 +479,7 @@ def zero_init(layer):
 #
 # The cost grows with the square of the number of places: 4096 pairs at 8x8, a million at 32x32. So
 # larger sizes are first averaged to 8x8. (Without attention as many samples are right after 20
-# epochs, 91 %: at 4x4 convolutions see the whole picture, too. It stays, as in the paper, because
-# larger pictures need it.)
+# epochs, 91 %: at 4x4 convolutions see the whole picture, too. It stays because the paper has it.)
 
 
 class Attention(nn.Module):
@@ -544,16 +549,14 @@ class Up(nn.Module):
 #
 #     32x32  stem -- down ------------------------------- up -- out
 #     16x16            down ----------------------- up
-#      8x8               down --------------- up (three blocks)
+#      8x8               down --------------- up (three blocks: shapes are made of 4x4 pixels)
 #      4x4                  middle (512 channels)
 #
-# The bottom knows what is in the picture, the skips know exactly where. The bottom cannot know it,
-# although its 8,192 numbers are more than the 1,024 pixels: each halving replaces four pixels by
-# their mean, and the noise, which is to be guessed pixel for pixel, averages out. With the skips
-# set to 0, no sample was right after 20 epochs, and three of four pixels were still grey.
-#
-# A place at 8x8 stands for 4x4 pixels, the unit of all sizes and positions of shapes. So this level
-# has three blocks.
+# The bottom tells what is in the picture, the skips tell exactly where. It is not a question of size:
+# the bottom has 8,192 numbers for 1,024 pixels. But each halving takes the mean of four pixels, in
+# which edges and noise blur, and on the way up each pixel is only copied four times. To send every
+# edge and the noise of every pixel through is more than the network learns: with the skips set to
+# 0, no sample was right after 20 epochs, and three of four pixels were still grey.
 
 
 @torch.compiler.assume_constant_result
@@ -646,9 +649,9 @@ def load(path):
 
 # ==== 9. What to change for something else ========================================================
 #
-# 64x64 pictures: SIZE in shapes.py, 32 in `walk`, one more level in UNet. Convolutions cost four
-#   times as much; attention costs the same, as it works at 8x8. A shape of twice the width remains
-#   visible under more noise: draw larger t.
+# 64x64 pictures: SIZE in shapes.py, 32 in `walk`, and one more level in UNet, which alone costs four
+#   times as much as the one at 32x32; attention costs the same, as it works at 8x8. A shape of twice
+#   the width remains visible under more noise: draw larger t.
 # Colour: 3 channels in `stem`, `out` and x_T (`walk`), and pictures (B, 3, 32, 32) in [-1, 1].
 #   Nothing here needs pixels to be -1 or +1, except section 4.
 # Another schedule: `beta` in Schedule. For the cosine schedule of Nichol & Dhariwal 2021 (arXiv
@@ -676,7 +679,7 @@ def draw_forward(figure):
 
 
 def draw_one_pixel(figure):
-    """Forty walks of section 4, with fresh noise (Algorithm 2) and without (DDIM)."""
+    """Forty walks of section 4, with fresh noise (as Algorithm 2, nothing to clip) and without."""
     schedule, generator = Schedule(), torch.Generator().manual_seed(0)
     x_T = torch.randn(40, 1, 1, 1, generator=generator)
     for axes, eta in zip(figure.subplots(1, 2, sharey=True), (1, 0)):

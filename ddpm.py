@@ -32,11 +32,13 @@ a tensor ends with the new shape: B pictures in a batch, C channels, H x W pixel
     python ddpm.py      prints the parts of the network, saves forward.png and pixel.png
 """
 
+import io
 import math
 import os
 import sys
 import zipfile
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -196,8 +198,8 @@ def draw_t(n, generator, device="cpu"):
 #          + sqrt(alpha_t) (1 - alpha_bar_{t-1}) x_t ] / (1 - alpha_bar_t)                   (Eq. 7)
 #     beta_tilde_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
 #
-# We do not know x_0, but we have a guess of it, the mean of all x_0 that fit x_t. Put into mu, which
-# is linear in x_0, it gives the mean of x_{t-1}. To write mu with eps, put x_0 from Eq. 4 into Eq. 7:
+# We do not know x_0, but the network guesses the mean of all x_0 that fit x_t. In mu, which is
+# linear in x_0, it gives the mean of x_{t-1}. To write mu with eps, put x_0 of Eq. 4 into Eq. 7:
 #
 #     factor of eps:  - sqrt(alpha_bar_{t-1} / alpha_bar_t) beta_t / sqrt(1 - alpha_bar_t)
 #                     = - beta_t / sqrt(1 - alpha_bar_t) / sqrt(alpha_t)
@@ -295,8 +297,8 @@ def one_pixel(schedule):
 #     error of x_0, epoch 10    0.0001  0.0003  0.0011   0.009   0.099    0.32    0.50    0.62
 #                   epoch 100  0.00003 0.00004  0.0002   0.004   0.085    0.31    0.48    0.55
 #
-# From 500 on little changes: what is left is mostly doubt. At 400 and below, the errors fall to less
-# than half. The mean loss over all t hardly shows this, but right pictures (pixel for pixel, see
+# From 500 on little changes: what is left is mostly doubt. Up to 400 the errors fall to less than
+# half. The mean loss over all t hardly shows this, but right pictures (pixel for pixel, see
 # shapes.py) rise from 86 to 97 %.
 #
 # Could one start later, with pure noise at t = 500? No: x_500 should hold 0.28 x_0, and the network
@@ -460,8 +462,8 @@ class Norm(nn.GroupNorm):
 
 
 def zero_init(layer):
-    """Sets a layer to 0: the last one of each block below, and the last one of the network. At first
-    a block only passes on its input: the network begins shallow, which is easier to train."""
+    """Sets a layer to 0: the last one of each block below, and the last one of the network. So a
+    block at first passes on its input: the network begins shallow, which is easier to train."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -552,8 +554,8 @@ class Up(nn.Module):
 #      8x8               down --------------- up (three blocks: shapes are made of 4x4 pixels)
 #      4x4                  middle (512 channels)
 #
-# The bottom tells what is in the picture, the skips tell exactly where. It is not a question of size:
-# the bottom has 8,192 numbers for 1,024 pixels. But each halving takes the mean of four pixels, in
+# The bottom tells what is in the picture, the skips exactly where. This is no question of size: the
+# bottom has 8,192 numbers for 1,024 pixels. But each halving takes the mean of four pixels, in
 # which edges and noise blur, and on the way up each pixel is only copied four times. To send every
 # edge and the noise of every pixel through is more than the network learns: with the skips set to
 # 0, no sample was right after 20 epochs, and three of four pixels were still grey.
@@ -627,8 +629,9 @@ def pick_device(name):
 def save(path, state):
     """Writes a dictionary to a file: under another name first, so that the old file stays whole.
     Raises OSError if it cannot be written."""
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(state, file)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    Path(f"{path}.tmp").write_bytes(buffer.getbuffer())
     os.replace(f"{path}.tmp", path)
 
 
@@ -649,9 +652,9 @@ def load(path):
 
 # ==== 9. What to change for something else ========================================================
 #
-# 64x64 pictures: SIZE in shapes.py, 32 in `walk`, and one more level in UNet, which alone costs four
-#   times as much as the one at 32x32; attention costs the same, as it works at 8x8. A shape of twice
-#   the width remains visible under more noise: draw larger t.
+# 64x64 pictures: SIZE in shapes.py, 32 in `walk`, a further level in UNet. Its convolutions cost 4
+#   times those at 32x32, its attention no more, as it works at 8x8. A shape of twice the width
+#   remains visible under more noise: draw larger t.
 # Colour: 3 channels in `stem`, `out` and x_T (`walk`), and pictures (B, 3, 32, 32) in [-1, 1].
 #   Nothing here needs pixels to be -1 or +1, except section 4.
 # Another schedule: `beta` in Schedule. For the cosine schedule of Nichol & Dhariwal 2021 (arXiv

@@ -80,8 +80,8 @@ from torch import nn
 # If beta_t is small, the first term is a narrow parabola, and over its width the second is almost
 # a straight line. A parabola plus a line is a parabola, so q(x_{t-1} | x_t) is almost a Gaussian.
 # This holds for any data, also for pixels with two values: each step is a Gaussian, but what a
-# thousand of them lead to need not be one (section 4). Only in the last few steps it fails, but
-# there the picture can be seen, and the mean is all that is needed.
+# thousand of them lead to need not be one (section 4). In the last few steps (t near 1) this fails,
+# but there x_t leaves hardly any doubt about x_0, so the mean is enough.
 
 T = 1000
 
@@ -150,8 +150,8 @@ def loss_fn(model, schedule, x_0, t, eps):
 
 
 # That is line 5 of Algorithm 1. The whole loop is `train_epoch` in train.py. There, samples come
-# from a moving average of the weights, because single gradients are noisy; gradients are taken at
-# the raw weights, because the average is far behind them.
+# from a moving average of the weights, because single gradients are noisy. Gradients are taken at
+# the raw weights: the average lags by many steps, and would not show where these should go next.
 #
 # Which guess has the least squared error? Many pictures fit the same x_t. Let E be the mean over
 # them, weighted by how well they fit, and m = E x_0. A guess c of x_0 has the error
@@ -160,14 +160,14 @@ def loss_fn(model, schedule, x_0, t, eps):
 #
 # so c = m is best: the mean of all pictures that fit. At large t very many fit, and their mean is a
 # grey blur. This is why one cannot go from noise to a picture in one step. A small step follows the
-# guess only a little. Then fewer pictures fit, and the next guess is sharper.
+# guess only a little. Then fewer pictures fit, and the next guess is sharper (section 4 shows how).
 #
 # By Eq. 4, a squared error of eps is one of x_0 times a factor, the signal-to-noise ratio:
 #
 #     (eps - guess of eps)^2 = alpha_bar_t / (1 - alpha_bar_t) * (x_0 - guess of x_0)^2
 #
-# It falls from 9999 at t = 1 to 1 at t = 259 and 0.00004 at T. So an error of x_0 counts much where
-# the picture can be seen, and little where it can only be a blur.
+# This ratio falls from 9999 at t = 1 to 1 at t = 259 and 0.00004 at T. So an error of x_0 counts
+# much where the picture can be seen, and little where it can only be a blur.
 
 
 def draw_t(n, generator, device="cpu"):
@@ -198,8 +198,9 @@ def draw_t(n, generator, device="cpu"):
 #          + sqrt(alpha_t) (1 - alpha_bar_{t-1}) x_t ] / (1 - alpha_bar_t)                   (Eq. 7)
 #     beta_tilde_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
 #
-# We do not know x_0, but the network guesses the mean of all x_0 that fit x_t. In mu, which is
-# linear in x_0, it gives the mean of x_{t-1}. To write mu with eps, put x_0 of Eq. 4 into Eq. 7:
+# We do not know x_0, but the network guesses the mean of all x_0 that fit x_t. mu is linear in x_0,
+# so with this mean for x_0 it is the mean of x_{t-1}. To write mu with eps, put x_0 of Eq. 4 into
+# Eq. 7:
 #
 #     factor of eps:  - sqrt(alpha_bar_{t-1} / alpha_bar_t) beta_t / sqrt(1 - alpha_bar_t)
 #                     = - beta_t / sqrt(1 - alpha_bar_t) / sqrt(alpha_t)
@@ -224,7 +225,7 @@ def ddpm_step(schedule, x_t, t, eps, z):
     # The paper tries sigma_t^2 = beta_tilde_t, right if the data is a single picture, and
     # sigma_t^2 = beta_t, right if it is standard normal (Ho, Section 3.2). They differ only at
     # small t: the ratio is 0.98 at t = 100 and 0.85 at t = 10. We take the first. At t = 1 it is 0,
-    # so the last step adds no noise, as line 3 demands.
+    # so the last step adds no noise, as line 3 of Algorithm 2 says.
     beta_tilde = var_before / var_t * beta
     return mu + beta_tilde.sqrt() * z
 
@@ -273,11 +274,11 @@ def one_pixel(schedule):
 
 # Put into Algorithm 2, it leads every walk to -1 or +1, half of them to each. `python ddpm.py`
 # draws forty walks, pixel.png: a bundle that splits in two. So a thousand Gaussian steps do end in
-# two values. Three questions can be answered with it.
+# two values. Two questions can be answered with it.
 #
-# What decides, when both values fit x_t? The fresh noise z. The guess is then near 0. By chance z
-# moves x_t to one side, and the guess follows. Of 4,000 walks 50 % end on the side where x_T was:
-# Algorithm 2 forgets the noise it starts from.
+# What decides, when both values fit x_t? The fresh noise z. The guess is near 0 and favours
+# neither. By chance z moves x_t to one side, and the guess follows. Of 4,000 walks 50 % end on the
+# side where x_T was: Algorithm 2 forgets the noise it starts from.
 #
 # What can no network know? Even this perfect one has a loss that no training can reduce:
 #
@@ -288,8 +289,8 @@ def one_pixel(schedule):
 # At small t the pixel can be seen, and both errors are small. At large t it cannot: the guess is 0
 # and its squared error 1. But x_t is then almost nothing but eps, so eps is easy: the least
 # possible loss at T is 1 times the signal-to-noise ratio, 0.00004. In between the pixel is decided,
-# and the loss is largest. In a picture many pixels agree, so it is decided earlier, at larger t.
-# Here is the supplied network after 10 and after 100 epochs (sample.py --score):
+# and the loss is largest. In a picture many pixels agree, so sampling decides it earlier, at larger
+# t. Here is the supplied network after 10 and after 100 epochs (sample.py --score):
 #
 #     t                              2     100     300     400     500     600     700     800
 #     error of eps, epoch 10     0.496  0.0027  0.0007  0.0022  0.0084  0.0086  0.0035  0.0010
@@ -297,12 +298,12 @@ def one_pixel(schedule):
 #     error of x_0, epoch 10    0.0001  0.0003  0.0011   0.009   0.099    0.32    0.50    0.62
 #                   epoch 100  0.00003 0.00004  0.0002   0.004   0.085    0.31    0.48    0.55
 #
-# From 500 on little changes: what is left is mostly doubt. Up to 400 the errors fall to less than
-# half. The mean loss over all t hardly shows this, but right pictures (pixel for pixel, see
-# shapes.py) rise from 86 to 97 %.
+# From 500 on little changes: what is left is probably doubt. Up to 400 the errors fall to less than
+# half. The training loss hardly shows this (0.0052 and 0.0036), but right pictures (pixel for
+# pixel, see shapes.py) rise from 86 to 97 %.
 #
 # Could one start later, with pure noise at t = 500? No: x_500 should hold 0.28 x_0, and the network
-# takes chance patterns for it. Of 200 pictures 50 % were right, and most had too many shapes.
+# takes chance patterns for it. Of 200 pictures 50 % were right, and most of these had three shapes.
 
 # ==== 5. Fewer steps ==============================================================================
 #
@@ -345,8 +346,8 @@ def timesteps(steps):
 # Below, the guess of x_0 is clipped to [-1, 1]. Why? To get it, predict_x_0 divides by
 # sqrt(alpha_bar_t), so at t = T an error of eps is 157 times as large in x_0. A small step takes
 # little of this x_0: its factor in Eq. 7 is 0.0001 at t = T. A long step takes much more. Ho's own
-# program clips in Algorithm 2, too. Eq. 11 has no x_0 to clip, so it takes the mean of Eq. 7. The
-# two means are the same only as long as the clip changes nothing.
+# program clips in Algorithm 2, too, and as Eq. 11 has no x_0 to clip, it uses Eq. 7. The two means
+# are the same only as long as the clip changes nothing.
 
 
 @torch.no_grad()
@@ -399,8 +400,8 @@ def sample(*arguments, **options):
 #
 #     q(x_1, ..., x_T | x_0) = q(x_T | x_0) q(x_{T-1} | x_T, x_0) ... q(x_1 | x_2, x_0)
 #
-# with posteriors as in section 3. Now each factor of q has its counterpart in p, where p(x_0 | x_1)
-# is left over, and the logarithm makes a sum of them. KL(q || p), the mean of log q - log p over q,
+# with posteriors as in section 3. Now each factor of q has its counterpart in p, only p(x_0 | x_1)
+# has none, and the logarithm makes a sum of them. KL(q || p), the mean of log q - log p over q,
 # measures how far p is from q:
 #
 #     L = E [ KL(q(x_T | x_0) || p(x_T))                                L_T: nothing to learn
@@ -417,15 +418,16 @@ def sample(*arguments, **options):
 #             = beta_t / (2 alpha_t (1 - alpha_bar_{t-1}))              for sigma_t^2 = beta_tilde_t
 #
 # And t = 1? Pixel values are discrete, so L_0 is -log of the probability that a Gaussian around
-# mu_theta(x_1, 1), of variance beta_1, gives to the bin around the true value (Eq. 13). Take the
-# density there times the width of the bin instead. Then L_0, too, is a squared error of the mean,
-# and by Eq. 11 one of eps.
+# mu_theta(x_1, 1), of variance beta_1 as beta_tilde_1 is 0, gives to the bin around the true value,
+# 2 / 255 wide (Eq. 13). Take the density there times the width instead (Ho, Section 3.4; a rough
+# approximation). Then L_0, too, is a squared error of the mean, and by Eq. 11 one of eps.
 #
-# So every term is a squared error of eps, times a factor. Eq. 14 drops the factors. At each t the
-# best guess is the same: the factors only say where to try hardest. w_t falls from 0.6 at t = 2 to
-# 0.005 at t = 350 and rises to 0.01 at T. Without w_t less of the effort goes to small t, whose
-# noise cannot be seen, and more to large t, where pictures take shape (Ho, Section 3.4). The bound
-# gets worse and the samples better (Ho, Table 1).
+# So all that can be learned is a squared error of eps, times a factor. Eq. 14 drops the factors. At
+# each t the best guess is the same: the factors only say where to try hardest. w_t falls from 0.6
+# at t = 2 to 0.005 at t = 350 and rises to 0.01 at T. Without w_t less of the effort goes to small
+# t, whose noise cannot be seen, and more to large t, where pictures take shape (Ho, Section 3.4).
+# The bound gets worse and the samples better (Ho, Table 1). Our draw_t takes effort from small t
+# once more.
 #
 # Noise prediction is score matching, too: the gradient of log q(x_t), called the score, is
 # -E[eps | x_t] / sqrt(1 - alpha_bar_t) (Ho, Section 3.2; Song & Ermon 2019, arXiv 1907.05600).
@@ -551,7 +553,7 @@ class Up(nn.Module):
 #
 #     32x32  stem -- down ------------------------------- up -- out
 #     16x16            down ----------------------- up
-#      8x8               down --------------- up (three blocks: shapes are made of 4x4 pixels)
+#      8x8               down --------------- up (three blocks: one place is 4x4 pixels)
 #      4x4                  middle (512 channels)
 #
 # The bottom tells what is in the picture, the skips exactly where. This is no question of size: the
@@ -561,7 +563,6 @@ class Up(nn.Module):
 # 0, no sample was right after 20 epochs, and three of four pixels were still grey.
 
 
-@torch.compiler.assume_constant_result
 def fast_bfloat16(device):
     """Whether "cpu" or "cuda" is fast in bfloat16: 16 bits, the range of float32, 2 to 3 digits."""
     if device == "cuda":
@@ -652,14 +653,14 @@ def load(path):
 
 # ==== 9. What to change for something else ========================================================
 #
-# 64x64 pictures: SIZE in shapes.py, 32 in `walk`, a further level in UNet. Its convolutions cost 4
+# 64x64 pictures: SIZE in shapes.py, 32 in `walk`, a level on top in UNet. Its convolutions cost 4
 #   times those at 32x32, its attention no more, as it works at 8x8. A shape of twice the width
 #   remains visible under more noise: draw larger t.
 # Colour: 3 channels in `stem`, `out` and x_T (`walk`), and pictures (B, 3, 32, 32) in [-1, 1].
 #   Nothing here needs pixels to be -1 or +1, except section 4.
 # Another schedule: `beta` in Schedule. For the cosine schedule of Nichol & Dhariwal 2021 (arXiv
 #   2102.09672, Eq. 17) alpha_bar_t = f(t) / f(0), f(t) = cos((t / T + 0.008) / 1.008 * pi / 2)^2;
-#   beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.1. (Their limit, 0.999, needs a clip.)
+#   beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.1. (Their 0.999 needs a clip.)
 # "A triangle, please": class conditioning. A vector for each kind, nn.Embedding(4 + 1, time_dim),
 #   is added to `time` in UNet.forward. A tenth of the pictures gets the fifth, "any kind". Sample
 #   with eps_any + w (eps_kind - eps_any), w > 1, which exaggerates what the kind changes:

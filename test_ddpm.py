@@ -22,11 +22,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import group_norm
 
 import ddpm
-import modal_train
 import sample
 import shapes
 import train
@@ -146,21 +144,29 @@ def test_model_range_and_back_and_pictures_for_people(tmp_path):
     assert np.array_equal(shapes.coloured(picture)[0], want)
 
 
+def right(pictures):
+    """The share of right pictures among 0/1 pictures (n, 32, 32)."""
+    return shapes.score(shapes.to_model(pictures))["right"]
+
+
 def test_real_pictures_are_right_and_others_are_not():
     """Catches: a score that is too strict, or blind to one pixel, to touching or a fourth shape."""
-    right = lambda pictures: shapes.score(shapes.to_model(pictures))["right"]
     real, rng = shapes.make_dataset(2000, seed=99), np.random.default_rng(0)
     assert right(real) == 1
-    real[np.arange(2000), rng.integers(32, size=2000), rng.integers(32, size=2000)] ^= 1
-    assert right(real) == right(rng.random((200, 32, 32)) < 0.5) == 0
-    squares = [(0, 0), (0, 12), (12, 0), (12, 12)]
-    for number, want in enumerate((0, 1, 1, 1, 0)):
-        picture = np.zeros((1, 32, 32))
-        for y, x in squares[:number]:
-            picture[0, y : y + 8, x : x + 8] = 1
-        assert right(picture) == want
-    picture = np.kron([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]], np.ones((8, 8)))
-    assert right(picture[None]) == 0, "they touch at a corner"
+    flipped = real.copy()
+    flipped[np.arange(2000), rng.integers(32, size=2000), rng.integers(32, size=2000)] ^= 1
+    assert right(flipped) == right(rng.random((200, 32, 32)) < 0.5) == 0
+    picture = np.zeros((1, 32, 32))
+    assert right(picture) == 0
+    picture[0, :8, :8] = 1
+    assert right(picture) == 1
+    picture[0, 8:16, 8:16] = 1  # touches the first at a corner
+    assert right(picture) == 0
+    picture[0, 8:16, 8:16] = 0
+    picture[0, 12:20, :8] = picture[0, :8, 12:20] = 1
+    assert right(picture) == 1
+    picture[0, 12:20, 12:20] = 1  # the fourth
+    assert right(picture) == 0
 
 
 def test_the_score_counts():
@@ -221,8 +227,9 @@ def test_time_embedding():
     e = ddpm.time_embedding(torch.arange(T + 1), 128)
     assert e.shape == (T + 1, 128) and e.abs().max() <= 1
     assert torch.cdist(e, e).fill_diagonal_(9).min() > 0.1
-    angle = 500 / 10_000 ** (np.arange(64) / 64)
-    assert np.allclose(e[500], np.concatenate([np.sin(angle), np.cos(angle)]), atol=1e-4)
+    for i in (0, 7, 63):
+        assert e[500, i].item() == pytest.approx(math.sin(500 / 10_000 ** (i / 64)), abs=1e-4)
+        assert e[500, 64 + i].item() == pytest.approx(math.cos(500 / 10_000 ** (i / 64)), abs=1e-4)
 
 
 @pytest.mark.parametrize("channels, width, side", [(64, 64, 16), (96, 64, 4), (16, 16, 32)])
@@ -233,7 +240,9 @@ def test_attention_against_a_naive_loop(channels, width, side):
     grid = [(i, j) for i in range(0, side, block) for j in range(0, side, block)]
     means = [x[:, :, i : i + block, j : j + block].mean((2, 3)) for i, j in grid]
     means = group_norm(torch.stack(means, 2), channels // 8, layer.norm.weight, layer.norm.bias)
-    rows = [layer.qkv(mean).split(width, 1) for mean in means.unbind(2)]
+    rows = [
+        (mean @ layer.qkv.weight.T + layer.qkv.bias).split(width, 1) for mean in means.unbind(2)
+    ]
     assert layer.heads == heads
     for (query, _, _), (i, j) in zip(rows, grid):
         parts = []
@@ -243,7 +252,7 @@ def test_attention_against_a_naive_loop(channels, width, side):
             weights = (scores / math.sqrt(width / heads)).exp()
             weights = weights / weights.sum(0)
             parts.append(sum(w[:, None] * value[:, s] for w, (_, _, value) in zip(weights, rows)))
-        change = layer.out(torch.cat(parts, 1))
+        change = torch.cat(parts, 1) @ layer.out.weight.T + layer.out.bias
         for y, z in ((i, j), (i + block - 1, j + block - 1)):
             assert torch.allclose(got[:, :, y, z], x[:, :, y, z] + change, atol=1e-4)
 
@@ -260,13 +269,13 @@ def test_the_network_as_described():
     for block in blocks:
         block.register_forward_hook(lambda m, i, o: channels.update({o.shape[-1]: o.shape[1]}))
         block.time.register_forward_hook(lambda m, i, o: used.append(m))
-    # At first the network guesses 0, and its blocks pass on their input.
-    out = model(noise(2, 1, 32, 32), torch.tensor([1, T]))
-    assert out.shape == (2, 1, 32, 32) and out.abs().max() == 0
+    assert model(noise(2, 1, 32, 32), torch.tensor([1, T])).shape == (2, 1, 32, 32)
     assert sides == {32, 16, 8, 4}
     assert channels[32] < channels[16] < channels[8] < channels[4] == 512
     assert used == [block.time for block in blocks] and len(blocks) >= 8
     assert not list(model.buffers()), "what is not a weight must not be saved or averaged"
+    # At first the network guesses 0, and its blocks pass on their input.
+    assert model(noise(2, 1, 32, 32), torch.tensor([1, T])).abs().max() == 0
     vector, h = noise(2, 128), noise(2, 32, 8, 8)
     assert torch.equal(ddpm.ResBlock(32, 32, 128)(h, vector), h)
     assert torch.equal(ddpm.Attention(32, 32)(h), h)
@@ -331,12 +340,18 @@ def any_model(x, t):
     return SCHEDULE.signal_and_noise(t)[1] * (0.9 * x + 0.1 * x.roll(1, 3).tanh())
 
 
+def x_0_of(x_t, t, eps):
+    """Eq. 4 solved for x_0, in float64."""
+    a = ALPHA_BAR[t]
+    return (x_t.double() - math.sqrt(1 - a) * eps.double()) / math.sqrt(a)
+
+
 def test_eq_11_is_eq_7_with_the_predicted_x_0_and_ddim_at_eta_1():
     """Catches: a wrong coefficient or sigma, alpha for alpha_bar, noise at the end."""
     x_t, eps, z = (noise(1, 1, 4, 4, seed=seed) for seed in range(3))
     for t in range(1, T + 1):
         beta, now, before = BETA[t], ALPHA_BAR[t], ALPHA_BAR[t - 1]
-        x_0 = (x_t.double() - math.sqrt(1 - now) * eps.double()) / math.sqrt(now)  # Eq. 4
+        x_0 = x_0_of(x_t, t, eps)
         mean = math.sqrt(before) * beta / (1 - now) * x_0
         mean += math.sqrt(1 - beta) * (1 - before) / (1 - now) * x_t.double()
         std = math.sqrt((1 - before) / (1 - now) * beta)
@@ -443,8 +458,8 @@ def test_the_loss_by_hand():
     network = lambda *inputs: seen.append(inputs) or any_model(*inputs)
     loss = ddpm.loss_fn(network, SCHEDULE, x_0, t, eps).item()
     ((x_t, times),) = seen
-    want = a.sqrt() * x_0 + (1 - a).sqrt() * eps
-    assert torch.allclose(x_t.double(), want, atol=1e-5) and torch.equal(times, t)
+    assert torch.allclose(x_t.double(), a.sqrt() * x_0 + (1 - a).sqrt() * eps, atol=1e-5)
+    assert torch.equal(times, t)
     want = (any_model(x_t, t) - eps).square().sum().item() / (4 * 32 * 32)
     assert loss == pytest.approx(want, rel=1e-5)
 
@@ -555,6 +570,9 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+LEARNED = ("config", "flags", "model", "ema", "optimizers", "epoch")
+
+
 def test_two_epochs_and_two_more_are_four(tiny, tmp_path):
     """Catches: noise that repeats or differs, optimizer or EMA not restored, data replayed, a
     skipped epoch; a run that ends when a backup touches its checkpoint."""
@@ -563,7 +581,7 @@ def test_two_epochs_and_two_more_are_four(tiny, tmp_path):
     run_train(tmp_path / "b", "--epochs=2")
     parts = run_train(tmp_path / "b", "--resume", "--epochs=4")
     other = run_train(tmp_path / "c", "--epochs=4", "--seed=1")
-    for key in ("config", "flags", "model", "ema", "optimizers", "epoch"):
+    for key in LEARNED:
         assert same(whole[key], parts[key]), key
     losses = [[(r["loss"], r["validation"]) for r in s["history"]] for s in (whole, parts)]
     assert losses[0] == losses[1] and len(losses[0]) == 4
@@ -579,13 +597,15 @@ def test_two_epochs_and_two_more_are_four(tiny, tmp_path):
 def test_each_epoch_shuffles_anew_and_each_step_has_its_own_noise(tiny, monkeypatch, tmp_path):
     """Catches: data not reshuffled, not mirrored or used twice in an epoch; t or noise that comes
     again in another step, epoch or seed; noise not standard normal; a gradient not clipped."""
-    seen, steps, mirrored = [], [], []
+    pictures, times, noises, steps, mirrored = [], [], [], [], []
     loss_fn, update_average = ddpm.loss_fn, train.update_average
 
-    def spy_on_loss(model, schedule, *x_0_t_eps):
+    def spy_on_loss(model, schedule, x_0, t, eps):
         if torch.is_grad_enabled():  # not in validation
-            seen.append(x_0_t_eps)
-        return 1000 * loss_fn(model, schedule, *x_0_t_eps)
+            pictures.append(x_0.clone())
+            times.append(tuple(t.tolist()))
+            noises.append(eps)
+        return 1000 * loss_fn(model, schedule, x_0, t, eps)
 
     def spy_on_average(average, model, step):
         steps.append(step)
@@ -603,15 +623,14 @@ def test_each_epoch_shuffles_anew_and_each_step_has_its_own_noise(tiny, monkeypa
     assert steps == list(range(1, 9)) and len(mirrored) == 8
     rates = [optimizer["param_groups"][0]["lr"] for optimizer in state["optimizers"]]
     assert rates == pytest.approx([0.5 * 1e-3, 0.5 * train.ADAM_RATE])  # sqrt(2 / 8) of the peak
-    first, second = (torch.cat([x_0 for x_0, _, _ in part]) for part in (seen[:4], seen[4:]))
+    first, second = torch.cat(pictures[:4]), torch.cat(pictures[4:])
     data = shapes.to_model(shapes.make_dataset(64, seed=0))
     assert not torch.equal(first, second) and not torch.equal(first, data)
     keys = [sorted(p.numpy().tobytes() for p in x) for x in (first, second, data)]
     assert keys[0] == keys[1] == keys[2]
     run_train(tmp_path / "b", "--epochs=2", "--seed=1")
-    for part in (1, 2):
-        assert len({step[part].numpy().tobytes() for step in seen}) == len(seen) == 16
-    eps = torch.cat([eps for _, _, eps in seen])
+    eps = torch.cat(noises)
+    assert len({*times}) == len({x.numpy().tobytes() for x in noises}) == len(times) == 16
     assert eps.shape == (256, 1, 32, 32) and abs(eps.mean()) < 0.01 and abs(eps.std() - 1) < 0.01
 
 
@@ -655,9 +674,9 @@ def test_a_second_training_in_the_same_folder_loses_nothing(second, tiny, monkey
     validation_loss, others = train.validation_loss, []
 
     def and_meanwhile(*args):
-        if aside.exists():
-            monkeypatch.setattr(train, "validation_loss", validation_loss)
-            others.append(run_train(tmp_path, "--epochs=3", second, name="other"))
+        if aside.exists() and not others:
+            others.append(None)
+            others[0] = run_train(tmp_path, "--epochs=3", second, name="other")
         return validation_loss(*args)
 
     monkeypatch.setattr(train, "validation_loss", and_meanwhile)
@@ -671,15 +690,15 @@ def test_a_second_training_in_the_same_folder_loses_nothing(second, tiny, monkey
         assert (first["name"], first["epoch"], first["flags"]["seed"]) == ("first", 1, 1)
 
 
-# ==== The scripts, as a user runs them, with broken files and wrong flags =========================
+# ==== The scripts, as a user runs them ============================================================
 
 
 def test_training_leaves_what_it_promises(tiny, tmp_path, capsys):
     """Catches: a missing file, number or line of text; random state that another device lacks;
     fresh noise in every validation, validation of raw weights or of training pictures."""
     state, best = run_train(tmp_path, "--epochs=1"), read(tmp_path / "best.pt")
-    files = {"latest.pt", "best.pt", "loss.png", "samples_0001.png", "logs"}
-    assert {p.name for p in tmp_path.iterdir()} == files
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"latest.pt", "best.pt", "loss.png", "samples_0001.png", "logs"}
     for_sampling = {"config", "flags", "name", "epoch", "history", "ema"}
     assert {*state} == for_sampling | {"optimizers", "model"} and {*best} == for_sampling
     assert {p.dtype for p in best["ema"].values()} == {torch.float16}
@@ -692,6 +711,8 @@ def test_training_leaves_what_it_promises(tiny, tmp_path, capsys):
     assert losses == {row["validation"]}
     out = capsys.readouterr().out
     assert "cpu, bfloat16" in out and f"validation {round(row['validation'], 4)}" in out
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     (run,) = (tmp_path / "logs").iterdir()
     events = EventAccumulator(str(run)).Reload()
     for key, value in row.items():
@@ -718,9 +739,12 @@ def test_sampling_from_the_command_line(tiny, tmp_path, monkeypatch, capsys):
     assert re.search(r"other real pictures +100.0% +100.0%", out)
     for flag in ("--explain", "--show-process", "--process"):
         run(flag, "--steps=5")
-    names = ("explained.png", "process.png", "process.gif")
-    starts = [(tmp_path / name).read_bytes()[:4] for name in names]
-    assert starts == [b"\x89PNG", b"\x89PNG", b"GIF8"]
+    for name, start in {
+        "explained.png": b"\x89PNG",
+        "process.png": b"\x89PNG",
+        "process.gif": b"GIF8",
+    }.items():
+        assert (tmp_path / name).read_bytes()[:4] == start
     args = [sample.parse(words) for words in ([], ["--process"], ["--score"])]
     assert [(a.n, a.steps, a.eta) for a in args] == [(16, T, 1), (4, T, 1), (500, 50, 1)]
 
@@ -733,8 +757,8 @@ def test_the_scripts_in_processes_of_their_own(tmp_path):
     for command in ("ddpm.py", "shapes.py", "train.py --resume", "sample.py --checkpoint no.pt"):
         name, *flags = command.split()
         words = [sys.executable, HERE / name, *flags]
-        options = {"env": inline, "capture_output": True, "text": True, "check": False}
-        done.append(subprocess.run(words, cwd=tmp_path, **options))
+        options = {"cwd": tmp_path, "env": inline, "capture_output": True, "text": True}
+        done.append(subprocess.run(words, **options, check=False))
     assert [process.returncode for process in done] == [0, 0, 1, 1]
     assert "error: cannot load no.pt: " in done[3].stderr.strip().splitlines()[-1]
     assert not any("Traceback" in process.stderr for process in done)
@@ -764,9 +788,9 @@ def test_stopped_at_any_moment_the_last_epoch_is_kept(tiny, tmp_path):
     saving = lambda text: text.count("validation") >= 3 and [*folder.glob("*.tmp")]
     begun = lambda text: "bfloat16" in text
     new, slow = ["--samples=64", "--batch-size=16", "--epochs=9999"], ["--batch-size=1"]
-    kill, stop, old = signal.SIGKILL, signal.SIGINT, ["--resume"]
+    resume, kill, stop = ["--resume"], signal.SIGKILL, signal.SIGINT
     # The last is stopped in the first epoch of another run.
-    for how, flags, enough in (kill, new, saving), (stop, old, saving), (stop, slow, begun):
+    for how, flags, enough in (kill, new, saving), (stop, resume, saving), (stop, slow, begun):
         for half in folder.glob("*.tmp"):  # a killed program may leave one
             half.unlink()
         before = {path: path.read_bytes() for path in folder.glob("*")}
@@ -803,6 +827,9 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "a.pt").read_bytes() == before
+
+
+# ==== Broken files and wrong flags ================================================================
 
 
 class Evil:
@@ -885,6 +912,8 @@ def test_modal_asks_for_an_a100_and_passes_all_flags_on(monkeypatch):
     """Catches: another GPU or volume, a lost flag or exit code, an import of torch."""
     code = "import sys; sys.modules['torch'] = None; import modal_train"
     subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True, timeout=60)
+    import modal_train
+
     spec = modal_train.train_in_cloud._spec_  # Modal has no public way to look at it
     assert spec.gpus == "A100" and list(spec.volumes) == [modal_train.FOLDER]
     assert "diffusion-checkpoints" in repr(spec.volumes[modal_train.FOLDER])
@@ -898,6 +927,8 @@ def test_modal_asks_for_an_a100_and_passes_all_flags_on(monkeypatch):
 def test_modal_body_trains_and_goes_on_after_a_restart(tiny, monkeypatch, tmp_path):
     """Catches: flags that do not arrive; a restart that begins again; a new run that resumes; a
     volume that is not committed after every epoch."""
+    import modal_train
+
     commits, run = [], modal_train.train_in_cloud.local
     volume = types.SimpleNamespace(commit=lambda: commits.append(read(tmp_path / "latest.pt")))
     monkeypatch.setattr(modal_train, "volume", volume)
@@ -912,17 +943,21 @@ def test_modal_body_trains_and_goes_on_after_a_restart(tiny, monkeypatch, tmp_pa
     assert read(tmp_path / "latest.pt")["epoch"] == 1
     assert same(read(tmp_path / "before_two/latest.pt"), state)
     run(["--resume", "--epochs=2", "--device=cpu"], "three", str(tmp_path))
-    assert [read(tmp_path / "latest.pt")[key] for key in ("name", "epoch")] == ["two", 2]
+    state = read(tmp_path / "latest.pt")
+    assert (state["name"], state["epoch"]) == ("two", 2)
     assert run(["--epochs=0"], "four", str(tmp_path)) == 2  # and not an error, to be tried again
+
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
 
 
 def test_readme_links_and_flags_exist():
     """Catches: a picture or a flag that was renamed; a folder that makes the clone slow."""
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", readme):
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (HERE / link).exists(), link
-    actions = train.parser()._actions + sample.parser()._actions
-    known = {name for action in actions for name in action.option_strings}
-    for command in re.findall(r"(?:train|sample|modal_train)\.py ([^`\n]*)", readme):
+    known = {
+        name for m in (train, sample) for a in m.parser()._actions for name in a.option_strings
+    }
+    for command in re.findall(r"(?:train|sample|modal_train)\.py ([^`\n]*)", README):
         assert set(re.findall(r"--[a-z-]+", command)) <= known, command
     assert sum(p.stat().st_size for p in (HERE / "assets").iterdir()) <= 12e6

@@ -310,8 +310,9 @@ def test_skips_join_the_level_of_their_own_resolution():
     assert [x.shape[-1] for x in down] == [32, 16, 8]
     assert all(a is b for a, b in zip(up, reversed(down)))
     below, skip = noise(1, 512, 4, 4), noise(1, 128, 8, 8, seed=1)
-    a, b = (model.up[0](below, s, noise(1, 128)) for s in (skip, -skip))
-    assert (a - b).abs().min() > 0, "what is joined is not the skip"
+    level = ddpm.UNet().up[0]  # a new one, whose attention and blocks pass on their input
+    joined, alone = (level(below, s, noise(1, 128)) for s in (skip, 0 * skip))
+    assert torch.allclose(joined - alone, skip, atol=1e-5), "what is joined is not the skip"
 
 
 def test_the_guess_is_the_same_in_bfloat16_and_compiled(monkeypatch):
@@ -483,20 +484,19 @@ def test_times_are_the_mean_of_two_uniform_draws():
 def test_muon_by_hand(shape, monkeypatch):
     """Catches: a tall matrix taken for a wide one, a lost momentum, a rate of the wrong kind."""
     monkeypatch.setattr(ddpm, "fast_bfloat16", lambda device: False)
-    p = torch.nn.Parameter(2 * noise(*shape, seed=2))
-    want, slope = p.detach().double(), noise(*shape).double()
-    muon, average = train.Muon([p], 1e-3), 0
+    p = torch.nn.Parameter(torch.zeros(shape))
+    muon, average, want = train.Muon([p], 1e-3), 0, 0
     for step in range(1, 8):
-        p.grad = slope.float() * p.detach()  # of the loss 0.5 sum slope w^2
+        p.grad = noise(*shape, seed=step)
         muon.step()
-        average = 0.95 * average + 0.05 * slope * want
-        x = (0.95 * average + 0.05 * slope * want).flatten(1)
+        average = 0.95 * average + 0.05 * p.grad.double()
+        x = (0.95 * average + 0.05 * p.grad.double()).flatten(1)
         u, lengths, v = torch.linalg.svd(x, full_matrices=False)
         lengths = lengths / lengths.norm()
         for _ in range(3):
             lengths = 3.4445 * lengths - 4.775 * lengths**3 + 2.0315 * lengths**5
         want = want - 1e-3 * math.sqrt(max(x.shape)) * (u * lengths @ v).view(shape)
-        assert torch.allclose(p.double(), want, rtol=0, atol=3e-5), step
+        assert torch.allclose(p.double(), want, rtol=0, atol=1e-6), step
 
 
 def test_muon_gets_the_matrices_and_adam_the_rest():
@@ -684,7 +684,8 @@ def test_a_second_training_in_the_same_folder_loses_nothing(second, tiny, monkey
         run_train(tmp_path, "--epochs=3", "--seed=1", name="first")
     assert same(others[0], read(tmp_path / "latest.pt")) and others[0]["epoch"] == 3
     assert same(old, read(aside / "latest.pt"))
-    assert {path.suffix for path in aside.iterdir()} == {".pt", ".png"}
+    names = {"latest.pt", "best.pt", "loss.png", "samples_0001.png"}
+    assert {path.name for path in aside.iterdir()} == names
     if second == "--seed=2":
         first = read(tmp_path / "before_other/latest.pt")
         assert (first["name"], first["epoch"], first["flags"]["seed"]) == ("first", 1, 1)
@@ -752,7 +753,7 @@ def test_sampling_from_the_command_line(tiny, tmp_path, monkeypatch, capsys):
 def test_the_scripts_in_processes_of_their_own(tmp_path):
     """Catches: an error where a notebook has set MPLBACKEND to what is not installed here; a
     picture that is not saved, a table that does not add up, an error of more than one line."""
-    inline = {**os.environ, "MPLBACKEND": "module://a_notebook.backend"}
+    inline = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     done = []
     for command in ("ddpm.py", "shapes.py", "train.py --resume", "sample.py --checkpoint no.pt"):
         name, *flags = command.split()
@@ -796,7 +797,8 @@ def test_stopped_at_any_moment_the_last_epoch_is_kept(tiny, tmp_path):
         before = {path: path.read_bytes() for path in folder.glob("*")}
         with log.open("w") as file:
             words = [sys.executable, "-c", TINY, "--device=cpu", *flags]
-            process = subprocess.Popen(words, cwd=tmp_path, stdout=file, stderr=subprocess.PIPE)
+            options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONUNBUFFERED": ""}}
+            process = subprocess.Popen(words, **options, stdout=file, stderr=subprocess.PIPE)
         deadline = time.time() + 120
         while not enough(log.read_text()):
             assert time.time() < deadline and process.poll() is None
@@ -809,7 +811,7 @@ def test_stopped_at_any_moment_the_last_epoch_is_kept(tiny, tmp_path):
         epochs = re.findall(r"^epoch (\d+), loss .*validation", log.read_text(), re.MULTILINE)
         last, _ = ddpm.load(folder / "latest.pt")[0]["epoch"], ddpm.load(folder / "best.pt")
         assert epochs == [str(done + 1 + i) for i in range(len(epochs))]
-        assert last - done - len(epochs) in (0, 1)
+        assert last - done - len(epochs) in (0, 1) and len(epochs) < 100, "lines come late"
         done = last
     assert not epochs and before == {path: path.read_bytes() for path in folder.glob("*")}
     assert run_train(folder, "--resume", f"--epochs={done + 1}")["epoch"] == done + 1

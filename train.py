@@ -153,16 +153,17 @@ def save_curve(path, history):
 def claim(folder, name, epoch):
     """Before an epoch is saved: moves what an older run has left in the folder into one of its own,
     and ends this run if another one has saved there since."""
-    latest = folder / "latest.pt"
-    last = ddpm.load(latest)[0] if latest.exists() else None
-    if last and epoch == 1:
+    latest, older = folder / "latest.pt", [*folder.glob("*.pt"), *folder.glob("*.png")]
+    if epoch == 1 and older:
         aside = folder / f"before_{name}"
         aside.mkdir()
-        for file in [*folder.glob("*.pt"), *folder.glob("*.png")]:
+        for file in older:
             file.rename(aside / file.name)
         tqdm.write(f"{folder} held an older run: moved to {aside}")
-    elif last and (last["name"], last["epoch"]) != (name, epoch - 1):
-        sys.exit(f"error: another training writes to {folder}; this one stops")
+    elif epoch > 1 and latest.exists():
+        last, _ = ddpm.load(latest)
+        if (last["name"], last["epoch"]) != (name, epoch - 1):
+            sys.exit(f"error: another training writes to {folder}; this one stops")
 
 
 def train_epoch(model, average, optimizers, schedule, data, args, epoch, bar):

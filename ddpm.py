@@ -673,11 +673,12 @@ def draw_forward(figure):
     """A picture at several t."""
     import shapes
 
+    schedule = Schedule()
     x_0 = shapes.to_model(shapes.make_dataset(4, seed=0)[3:])  # (1, 1, 32, 32)
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
     times = (0, 50, 100, 200, 300, 400, 600, 800, 1000)
     for axes, t in zip(figure.subplots(1, len(times)), times):
-        x_t = q_sample(Schedule(), x_0, torch.tensor([t]), eps)
+        x_t = q_sample(schedule, x_0, torch.tensor([t]), eps)
         axes.imshow(x_t[0, 0], cmap="gray", vmin=-1, vmax=1)
         axes.set(xticks=[], yticks=[], title=f"t = {t}")
 

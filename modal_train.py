@@ -38,7 +38,6 @@ def train_in_cloud(flags, name, folder=FOLDER):
         flags = [*flags, "--resume"]
     try:
         args, saved = train.parse([*flags, "--checkpoints", folder, "--logs", f"{folder}/logs"])
-        name = saved["name"] if saved else name
         after_epoch = (lambda: None) if modal.is_local() else volume.commit
         train.train(args, saved, name, after_epoch)
     except SystemExit as stop:  # a wrong flag, for example: Modal need not try again

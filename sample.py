@@ -17,7 +17,6 @@ import torch
 
 os.environ["MPLBACKEND"] = "agg"  # a notebook may ask for a backend that is not installed
 from matplotlib.figure import Figure
-from PIL import Image
 from tqdm import tqdm
 
 import ddpm
@@ -71,17 +70,21 @@ def parse(argv):
     return args
 
 
+def evenly(walk, n):
+    """n stops of a walk, evenly spaced, with both ends; all of them if there are fewer."""
+    return [walk[i] for i in np.linspace(0, len(walk) - 1, min(n, len(walk))).astype(int)]
+
+
 def save_process(path, walk):
     """Saves a strip of x_t with the guess of x_0 below each, and a GIF of the same.
 
     walk: list of (t, x_t, x_0) as ddpm.walk yields them, on the CPU.
     """
     n = len(walk[0][1])
-    stops = np.linspace(0, len(walk) - 1, min(STRIP, len(walk))).astype(int)
+    stops = evenly(walk, STRIP)
     figure = Figure(figsize=(len(stops), 2.1 * n + 0.3), layout="constrained")
     grid = figure.subplots(2 * n, len(stops), squeeze=False)
-    for column, stop in enumerate(stops):
-        t, x_t, x_0 = walk[stop]
+    for column, (t, x_t, x_0) in enumerate(stops):
         grid[0, column].set_title(f"t = {t}", fontsize=9)
         for row in range(n):
             for axes, x in (grid[2 * row, column], x_t), (grid[2 * row + 1, column], x_0):
@@ -94,13 +97,11 @@ def save_process(path, walk):
 
     # The GIF: x_t above, the guess of x_0 below, and a bar as long as t. The end stands still.
     images = []
-    frames = np.linspace(0, len(walk) - 1, min(GIF_FRAMES, len(walk))).astype(int)
-    for stop in [*frames, *[-1] * 15]:
-        t, x_t, x_0 = walk[stop]
+    for t, x_t, x_0 in evenly(walk, GIF_FRAMES) + walk[-1:] * 15:
         grid = shapes.tile(shapes.from_model(torch.cat([x_t, x_0])), columns=n)
         bar = np.zeros((6, grid.shape[1]))
         bar[:, : grid.shape[1] * t // ddpm.T] = 1
-        image = Image.fromarray((np.concatenate([bar, grid]) * 255).astype(np.uint8))
+        image = shapes.to_image(np.concatenate([bar, grid]))
         images.append(image.quantize(16))  # few greys, so a small file
     images[0].save(
         path.with_suffix(".gif"), save_all=True, append_images=images[1:], duration=80, loop=0

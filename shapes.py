@@ -170,9 +170,14 @@ def save_grid(path, x, columns=8):
     save_picture(path, tile(from_model(x), columns))
 
 
+def to_image(picture):
+    """An array (height, width) or (height, width, 3), in [0, 1], as a Pillow image."""
+    return Image.fromarray((picture * 255).astype(np.uint8))
+
+
 def save_picture(path, picture):
-    """Saves an array (height, width) or (height, width, 3), in [0, 1], as a PNG."""
-    Image.fromarray((picture * 255).astype(np.uint8)).save(path, "PNG")
+    """Saves an array as to_image takes it, as a PNG."""
+    to_image(picture).save(path, "PNG")
 
 
 # ==== 4. Which shapes are in a picture? ===========================================================

@@ -553,7 +553,7 @@ def run_train(folder, *flags, name="a_run", after_epoch=lambda: None):
     new = [] if "--resume" in flags else ["--samples=64", "--batch-size=16", "--lr=1e-3"]
     places = ["--device=cpu", f"--checkpoints={folder}", f"--logs={folder}/logs"]
     args, saved = train.parse([*new, *flags, *places])
-    train.train(args, saved, saved["name"] if saved else name, after_epoch)
+    train.train(args, saved, name, after_epoch)
     return read(folder / "latest.pt")
 
 

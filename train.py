@@ -182,8 +182,8 @@ def train_epoch(model, average, optimizers, schedule, data, args, epoch, bar):
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        rate = min(1, step / WARMUP, math.sqrt(DECAY_FROM / step))
         for optimizer in optimizers:
-            rate = min(1, step / WARMUP, math.sqrt(DECAY_FROM / step))
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
             optimizer.step()
         update_average(average, model, step)
@@ -193,7 +193,8 @@ def train_epoch(model, average, optimizers, schedule, data, args, epoch, bar):
 
 
 def train(args, saved, name, after_epoch=lambda: None):
-    """Trains. args, saved: as from parse. name: of the run. after_epoch: called after each save."""
+    """Trains. args, saved: as from parse. name: of a new run; a resumed one keeps its own.
+    after_epoch: called after each save."""
     device, folder = ddpm.pick_device(args.device), Path(args.checkpoints)
     torch.manual_seed(args.seed)
     schedule, model, history = ddpm.Schedule(device), ddpm.UNet().to(device), []
@@ -204,7 +205,7 @@ def train(args, saved, name, after_epoch=lambda: None):
         average.load_state_dict(saved["ema"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        history = saved["history"]
+        history, name = saved["history"], saved["name"]
     if args.compile:
         model.compile()
         average.compile()
@@ -247,9 +248,8 @@ def train(args, saved, name, after_epoch=lambda: None):
 
 def main():
     args, saved = parse(sys.argv[1:])
-    name = saved["name"] if saved else time.strftime(f"%Y-%m-%d_%H-%M-%S_{os.getpid()}")
     try:
-        train(args, saved, name)
+        train(args, saved, time.strftime(f"%Y-%m-%d_%H-%M-%S_{os.getpid()}"))
     except KeyboardInterrupt:
         print("\nstopped; if it has finished an epoch, the same command with --resume goes on")
         sys.exit(130)

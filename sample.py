@@ -103,9 +103,8 @@ def save_process(path, walk):
         bar[:, : grid.shape[1] * t // ddpm.T] = 1
         image = shapes.to_image(np.concatenate([bar, grid]))
         images.append(image.quantize(16))  # few greys, so a small file
-    images[0].save(
-        path.with_suffix(".gif"), save_all=True, append_images=images[1:], duration=80, loop=0
-    )
+    gif = path.with_suffix(".gif")
+    images[0].save(gif, save_all=True, append_images=images[1:], duration=80, loop=0)
 
 
 def print_score(x, flags):

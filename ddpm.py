@@ -33,7 +33,6 @@ a tensor ends with the new shape: B pictures in a batch, C channels, H x W pixel
 """
 
 import io
-import math
 import os
 import sys
 import zipfile
@@ -72,6 +71,8 @@ from torch import nn
 #
 #     x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps                                (Eq. 4)
 #
+# At t = T the factor of x_0 is 0.0064: nothing is left, so sampling can start from pure noise.
+#
 # Why a thousand small steps and not ten large ones? Because the way back from a small step is a
 # Gaussian, which is easy to model. By Bayes' rule, as a function of x_{t-1},
 #
@@ -90,12 +91,11 @@ class Schedule:
     """beta; alpha = 1 - beta; alpha_bar, the product of all alphas up to t; one_minus_alpha_bar.
 
     All four are float32 (T + 1,), indexed by the paper's t: beta[1] belongs to the first step,
-    beta[T] to the last, alpha_bar[0] = 1 to the clean picture.
+    beta[T] to the last, alpha_bar[0] = 1 to the clean picture. They are computed in float64: in
+    float32 1 - alpha_bar[1] = 0.0001 would have only 3 correct digits.
     """
 
     def __init__(self, device="cpu"):
-        # Computed in float64, because alpha_bar is a product of a thousand numbers close to 1.
-        # Kept in float32, because Apple's GPUs have no float64.
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)  # (T,), Ho, Section 4
         beta = F.pad(beta, (1, 0))  # (T + 1,), with beta[0] = 0
         alpha = 1 - beta
@@ -103,7 +103,6 @@ class Schedule:
         self.beta = beta.float().to(device)
         self.alpha = alpha.float().to(device)
         self.alpha_bar = alpha_bar.float().to(device)
-        # 1 - alpha_bar[1] is 1e-4. Subtracted in float32, it would have only 3 correct digits.
         self.one_minus_alpha_bar = (1 - alpha_bar).float().to(device)
 
     def signal_and_noise(self, t):
@@ -120,9 +119,6 @@ def q_sample(schedule, x_0, t, eps):
     signal, noise = schedule.signal_and_noise(t)
     return signal * x_0 + noise * eps
 
-
-# Sampling starts from pure noise, so at t = T nothing of x_0 should be left. Its factor in Eq. 4 is
-# 0.0064 there.
 
 # ==== 2. What to learn ============================================================================
 #
@@ -173,9 +169,9 @@ def loss_fn(model, schedule, x_0, t, eps):
 def draw_t(n, generator, device="cpu"):
     """Draws n values of t for training: int64 (n,), in 1..T.
 
-    BEYOND THE PAPER, where t is uniform: torch.randint(1, T + 1, (n,)). Here it is the mean of two
-    uniform draws (rounded down): most t lie near T / 2, where pictures are decided (section 4).
-    Every 16th is uniform, as the mean is hardly ever near 1 or T: pixels would end a little grey.
+    BEYOND THE PAPER, where t is uniform. Here it is the mean of two uniform draws (rounded down),
+    so most t lie near T / 2, where pictures are decided (section 4). Every 16th t is uniform: small
+    t would hardly ever be drawn otherwise, and the last steps would leave some pixels grey.
     """
     a, b = torch.randint(1, T + 1, (2, n), generator=generator, device=device)  # (n,) each
     t = (a + b) // 2
@@ -218,22 +214,6 @@ def draw_t(n, generator, device="cpu"):
 # noise in it than the network expects at t - 1.
 
 
-def ddpm_step(schedule, x_t, t, eps, z):
-    """Line 4 of Algorithm 2: x_{t-1} = mu + sigma_t z, with mu of Eq. 11: float (B, 1, H, W).
-
-    x_t, eps, z: float (B, 1, H, W). t: int, in 1..T.
-    """
-    beta, alpha = schedule.beta[t], schedule.alpha[t]
-    var_t, var_before = schedule.one_minus_alpha_bar[t], schedule.one_minus_alpha_bar[t - 1]
-    mu = (x_t - beta / var_t.sqrt() * eps) / alpha.sqrt()
-    # The paper tries sigma_t^2 = beta_tilde_t, right if the data is a single picture, and
-    # sigma_t^2 = beta_t, right if it is standard normal (Ho, Section 3.2). They differ only at
-    # small t: the ratio is 0.98 at t = 100 and 0.85 at t = 10. We take the first. At t = 1 it is 0,
-    # so the last step adds no noise, as line 3 of Algorithm 2 says.
-    beta_tilde = var_before / var_t * beta
-    return mu + beta_tilde.sqrt() * z
-
-
 @torch.no_grad()
 def algorithm_2(model, schedule, x_T, generator=None):
     """Algorithm 2: walks from noise to pictures and yields every stop on the way.
@@ -248,12 +228,19 @@ def algorithm_2(model, schedule, x_T, generator=None):
         eps = model(x, times)
         yield t, x, predict_x_0(schedule, x, times, eps)
         z = torch.randn(x.shape, generator=generator).to(x.device)
-        x = ddpm_step(schedule, x, t, eps, z)  # x_t becomes x_{t-1}
+        beta, alpha = schedule.beta[t], schedule.alpha[t]
+        var_t, var_before = schedule.one_minus_alpha_bar[t], schedule.one_minus_alpha_bar[t - 1]
+        mu = (x - beta / var_t.sqrt() * eps) / alpha.sqrt()  # Eq. 11
+        # The paper tries sigma_t^2 = beta_tilde_t, right if the data is a single picture, and
+        # sigma_t^2 = beta_t, right if it is standard normal (Ho, Section 3.2). They differ only at
+        # small t: the ratio is 0.98 at t = 100 and 0.85 at t = 10. We take the first. At t = 1 it
+        # is 0, so the last step adds no noise, as line 3 of Algorithm 2 says.
+        sigma = (beta * var_before / var_t).sqrt()
+        x = mu + sigma * z  # x_t becomes x_{t-1}
     yield 0, x, x
 
 
-# This is DDPM, complete. Does it work (4)? Must it be a thousand steps (5)? Why this loss (6)? What
-# is the network (7)?
+# This is DDPM, complete. Does it work (section 4)? Why this loss (6)? What is the network (7)?
 
 # ==== 4. One pixel, by hand =======================================================================
 #
@@ -293,18 +280,16 @@ def one_pixel(schedule):
 # At small t the pixel can be seen, and both errors are small. At large t it cannot: the guess is 0
 # and its squared error 1. But x_t is then almost nothing but eps, so eps is easy: the least
 # possible loss at T is 1 times the signal-to-noise ratio, 0.00004. In between the pixel is decided,
-# and the loss is largest. In a picture many pixels agree, so sampling decides it earlier, at larger
-# t. Here is the supplied network after 10 and after 100 epochs (sample.py --score):
+# and the loss is largest. In a picture many pixels agree, so it is decided at larger t. Here is the
+# error of x_0 of the supplied network after 10 and after 100 epochs (sample.py --score):
 #
-#     t                              2     100     300     400     500     600     700     800
-#     error of eps, epoch 10     0.496  0.0027  0.0007  0.0022  0.0084  0.0086  0.0035  0.0010
-#                   epoch 100    0.159  0.0003  0.0001  0.0010  0.0072  0.0083  0.0034  0.0009
-#     error of x_0, epoch 10    0.0001  0.0003  0.0011   0.009   0.099    0.32    0.50    0.62
-#                   epoch 100  0.00003 0.00004  0.0002   0.004   0.085    0.31    0.48    0.55
+#     t               2     100     300     400     500     600     700     800
+#     epoch 10   0.0001  0.0003  0.0011   0.009   0.099    0.32    0.50    0.62
+#     epoch 100 0.00003 0.00004  0.0002   0.004   0.085    0.31    0.48    0.55
 #
-# From 500 on little changes: what is left is probably doubt. Up to 400 the errors fall to less than
-# half. The training loss hardly shows this (0.0052 and 0.0036), but right pictures (pixel for
-# pixel, see shapes.py) rise from 86 to 97 %.
+# From 500 on little changes: what is left is probably doubt. Up to 400 the error falls to less than
+# half, and right pictures (pixel for pixel, see shapes.py) rise from 86 to 97 %. The training loss
+# hardly shows it: 0.0052 and 0.0036.
 #
 # Could one start later, with pure noise at t = 500? No: x_500 should hold 0.28 x_0, and the network
 # takes chance patterns for it. Of 200 pictures 50 % were right, and most of these had three shapes.
@@ -322,31 +307,8 @@ def one_pixel(schedule):
 #     sigma = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)
 #
 # With eta = 1 and s = t - 1, sigma^2 is beta_tilde_t, and this is Algorithm 2 again. With eta = 0
-# nothing is random after x_T, and x_T decides: 100 % of the one-pixel walks end on the side where
-# they began.
-
-
-def ddim_step(schedule, x_t, t, s, x_0, z, eta):
-    """Eq. 12 of DDIM: x_s from x_t, 0 <= s < t <= T, with the eps that fits x_t and x_0 (Eq. 4).
-
-    x_t, x_0 (the guess), z (fresh noise), x_s: float (B, 1, H, W). t, s: int. eta: 0 to 1.
-    """
-    var_t, var_s = schedule.one_minus_alpha_bar[t], schedule.one_minus_alpha_bar[s]
-    ratio = schedule.alpha_bar[t] / schedule.alpha_bar[s]
-    variance = eta**2 * var_s / var_t * (1 - ratio)  # sigma^2
-    rest = (var_s - variance).clamp(min=0)  # rounding may give less than 0
-    eps = (x_t - schedule.alpha_bar[t].sqrt() * x_0) / var_t.sqrt()
-    return schedule.alpha_bar[s].sqrt() * x_0 + rest.sqrt() * eps + variance.sqrt() * z
-
-
-def timesteps(steps):
-    """The t to visit: `steps` integers from T down to 1, evenly spaced up to rounding; then 0.
-    Raises ValueError unless steps is in 1..T."""
-    if not 1 <= steps <= T:
-        raise ValueError(f"steps must be between 1 and {T}, got {steps}")
-    return [round(t) for t in np.linspace(T, 1, steps)] + [0]
-
-
+# nothing is random after x_T: all one-pixel walks end on the side where they began.
+#
 # Below, the guess of x_0 is clipped to [-1, 1]. Why? To get it, predict_x_0 divides by
 # sqrt(alpha_bar_t), so at t = T an error of eps is 157 times as large in x_0. A small step takes
 # little of this x_0: its factor in Eq. 7 is 0.0001 at t = T. A long step takes much more. Ho's own
@@ -356,33 +318,21 @@ def timesteps(steps):
 
 @torch.no_grad()
 def ddim(model, schedule, x_T, steps, eta=1.0, generator=None):
-    """DDIM in `steps` steps, with eta from 0 to 1. Otherwise as algorithm_2. Raises ValueError as
-    timesteps does, on the first next()."""
+    """DDIM in 1 to T steps, with eta from 0 to 1. Otherwise as algorithm_2."""
+    visited = [round(t) for t in np.linspace(T, 1, steps)] + [0]  # evenly spaced
     x = x_T
-    for t, s in pairwise(timesteps(steps)):
+    for t, s in pairwise(visited):
         times = torch.full((len(x),), t, device=x.device)  # (B,)
         x_0 = predict_x_0(schedule, x, times, model(x, times)).clamp(-1, 1)
         yield t, x, x_0
         z = torch.randn(x.shape, generator=generator).to(x.device)
-        x = ddim_step(schedule, x, t, s, x_0, z, eta)  # x_t becomes x_s
+        a_t, a_s = schedule.alpha_bar[t], schedule.alpha_bar[s]
+        var_t, var_s = schedule.one_minus_alpha_bar[t], schedule.one_minus_alpha_bar[s]
+        eps = (x - a_t.sqrt() * x_0) / var_t.sqrt()  # Eq. 4, as the clip may have changed x_0
+        sigma_2 = eta**2 * var_s / var_t * (1 - a_t / a_s)
+        rest = (var_s - sigma_2).clamp(min=0)  # rounding may give less than 0
+        x = a_s.sqrt() * x_0 + rest.sqrt() * eps + sigma_2.sqrt() * z  # x_t becomes x_s
     yield 0, x, x
-
-
-def walk(model, schedule, n, steps=T, eta=1.0, seed=0):
-    """n walks from noise to pictures: Algorithm 2 if steps = T and eta = 1, otherwise DDIM. Yields
-    as they do, on the device of the schedule. seed: of x_T and z."""
-    generator = torch.Generator().manual_seed(seed)
-    x_T = torch.randn(n, 1, 32, 32, generator=generator).to(schedule.beta.device)  # (n, 1, 32, 32)
-    if steps == T and eta == 1:
-        return algorithm_2(model, schedule, x_T, generator)
-    return ddim(model, schedule, x_T, steps, eta, generator)
-
-
-def sample(*arguments, **options):
-    """The pictures at the end of a walk: (n, 1, 32, 32), close to -1 and +1. As walk otherwise."""
-    for _, x, _ in walk(*arguments, **options):
-        pass
-    return x
 
 
 # ==== 6. Why this loss: the variational bound =====================================================
@@ -433,9 +383,6 @@ def sample(*arguments, **options):
 # The bound gets worse and the samples better (Ho, Table 1). Our draw_t takes effort from small t
 # once more.
 #
-# Noise prediction is score matching, too: the gradient of log q(x_t), called the score, is
-# -E[eps | x_t] / sqrt(1 - alpha_bar_t) (Ho, Section 3.2; Song & Ermon 2019, arXiv 1907.05600).
-
 # ==== 7. The network ==============================================================================
 #
 # eps_theta is a U-Net: down from 32x32 to 4x4 pixels, to see the whole picture, and up again.
@@ -453,18 +400,12 @@ def time_embedding(t, dim):
     return torch.cat([angle.sin(), angle.cos()], dim=1)  # (B, dim)
 
 
-class Norm(nn.GroupNorm):
+def norm(channels):
     """Normalises 8 channels of a picture at a time to mean 0 and variance 1; scales and shifts.
 
     BatchNorm, over the whole batch, would see all t in training and a single t in sampling.
     """
-
-    def __init__(self, channels):
-        super().__init__(channels // 8, channels)
-
-    def forward(self, x):
-        # Sums over many pixels need 32 bits, even where the network computes in 16 (see UNet).
-        return super().forward(x.float()).to(x.dtype)
+    return nn.GroupNorm(channels // 8, channels)
 
 
 def zero_init(layer):
@@ -497,7 +438,7 @@ class Attention(nn.Module):
     def __init__(self, channels, width):
         super().__init__()
         self.heads = max(1, width // 32)  # so d = 32, or 16 at 32x32, where width is 16
-        self.norm = Norm(channels)
+        self.norm = norm(channels)
         self.qkv = nn.Linear(channels, 3 * width)
         self.out = zero_init(nn.Linear(width, channels))
 
@@ -508,7 +449,7 @@ class Attention(nn.Module):
         y = self.qkv(y.flatten(2).transpose(1, 2))  # (B, M, 3 width), M = h w places
         y = y.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, heads, M, d)
         q, k, v = y  # each (B, heads, M, d)
-        weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(3)  # (B, heads, M, M)
+        weights = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3)  # (B, heads, M, M)
         y = (weights @ v).transpose(1, 2).flatten(2)  # (B, M, width)
         y = self.out(y).transpose(1, 2).unflatten(2, (h, w))  # (B, C, h, w)
         return x + F.interpolate(y, scale_factor=float(block))  # (B, C, H, W)
@@ -520,10 +461,10 @@ class ResBlock(nn.Module):
     def __init__(self, c_in, c_out, time_dim, c_mid=None):
         super().__init__()
         c_mid = c_mid or c_out
-        self.norm1 = Norm(c_in)
+        self.norm1 = norm(c_in)
         self.conv1 = nn.Conv2d(c_in, c_mid, 3, padding=1)
         self.time = nn.Linear(time_dim, c_mid)
-        self.norm2 = Norm(c_mid)
+        self.norm2 = norm(c_mid)
         self.conv2 = zero_init(nn.Conv2d(c_mid, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -596,7 +537,7 @@ class UNet(nn.Module):
         self.attention = Attention(c4, narrow)
         self.middle2 = ResBlock(c4, c4, d, c_mid=narrow)
         self.up = nn.ModuleList([Up(c4, c3, d, 3), Up(c3, c2, d, 1), Up(c2, c1, d, 1)])
-        self.norm = Norm(c1)
+        self.norm = norm(c1)
         self.out = zero_init(nn.Conv2d(c1, 1, 3, padding=1))
         self.to(memory_format=torch.channels_last)  # faster; shapes are still (B, C, H, W)
 
@@ -622,18 +563,14 @@ class UNet(nn.Module):
 # ==== 8. Files ====================================================================================
 
 
-def pick_device(name):
-    """The device of this name; for "auto" the first of cuda, mps and cpu that is there."""
-    there = ["cuda"] if torch.cuda.is_available() else []
-    there += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
-    if name not in ("auto", *there):
-        sys.exit(f"error: --device {name} is not available; choose from: {', '.join(there)}")
-    return there[0] if name == "auto" else name
+def devices():
+    """The names of the devices that are there, the best one first."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return [name for name in there if there[name]] + ["cpu"]
 
 
 def save(path, state):
-    """Writes a dictionary to a file: under another name first, so that the old file stays whole.
-    Raises OSError if it cannot be written."""
+    """Writes a dictionary to a file; raises OSError if it cannot, and the old file stays whole."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     Path(f"{path}.tmp").write_bytes(buffer.getbuffer())
@@ -657,14 +594,13 @@ def load(path):
 
 # ==== 9. What to change for something else ========================================================
 #
-# 64x64 pictures: SIZE in shapes.py, 32 in `walk`, a level on top in UNet. Its convolutions cost 4
-#   times those at 32x32, its attention no more, as it works at 8x8. A shape of twice the width
-#   remains visible under more noise: draw larger t.
-# Colour: 3 channels in `stem`, `out` and x_T (`walk`), and pictures (B, 3, 32, 32) in [-1, 1].
-#   Nothing here needs pixels to be -1 or +1, except section 4.
-# Another schedule: `beta` in Schedule. For the cosine schedule of Nichol & Dhariwal 2021 (arXiv
+# 64x64 pictures: SIZE in shapes.py, 32 where x_T is drawn, a level on top in UNet. Its convolutions
+#   cost 4 times those at 32x32, its attention no more, as it works at 8x8. A shape of twice the
+#   width remains visible under more noise: draw larger t.
+# Colour: 3 channels in x_T, `stem` and `out`, and pictures (B, 3, 32, 32) in [-1, 1].
+# Another schedule: `beta` in Schedule. For the cosine schedule (Nichol & Dhariwal 2021, arXiv
 #   2102.09672, Eq. 17) alpha_bar_t = f(t) / f(0), f(t) = cos((t / T + 0.008) / 1.008 * pi / 2)^2;
-#   beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.1. (Their 0.999 needs a clip.)
+#   beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.1.
 # "A triangle, please": class conditioning. A vector for each kind, nn.Embedding(4 + 1, time_dim),
 #   is added to `time` in UNet.forward. A tenth of the pictures gets the fifth, "any kind". Sample
 #   with eps_any + w (eps_kind - eps_any), w > 1, which exaggerates what the kind changes:
@@ -672,40 +608,33 @@ def load(path):
 
 # ==== Look at it: python ddpm.py ==================================================================
 
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # a notebook may ask for a backend that is not installed
+    from matplotlib.figure import Figure
 
-def draw_forward(figure):
-    """A picture at several t."""
     import shapes
 
-    schedule = Schedule()
+    network = UNet()
+    for name, part in [*network.named_children(), ("all", network)]:
+        print(f"{name:<10}{sum(p.numel() for p in part.parameters()):>10,} parameters")
+
+    schedule, generator = Schedule(), torch.Generator().manual_seed(0)
     x_0 = shapes.to_model(shapes.make_dataset(4, seed=0)[3:])  # (1, 1, 32, 32)
-    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
+    eps = torch.randn(x_0.shape, generator=generator)
     times = (0, 50, 100, 200, 300, 400, 600, 800, 1000)
+    figure = Figure(figsize=(12, 2), layout="constrained")
     for axes, t in zip(figure.subplots(1, len(times)), times):
         x_t = q_sample(schedule, x_0, torch.tensor([t]), eps)
         axes.imshow(x_t[0, 0], cmap="gray", vmin=-1, vmax=1)
         axes.set(xticks=[], yticks=[], title=f"t = {t}")
+    figure.savefig("forward.png", dpi=100)
 
-
-def draw_one_pixel(figure):
-    """Forty walks of section 4, with fresh noise (as Algorithm 2, nothing to clip) and without."""
-    schedule, generator = Schedule(), torch.Generator().manual_seed(0)
+    # Forty walks of one pixel, with fresh noise (as Algorithm 2: nothing to clip) and without.
     x_T = torch.randn(40, 1, 1, 1, generator=generator)
+    figure = Figure(figsize=(12, 3), layout="constrained")
     for axes, eta in zip(figure.subplots(1, 2, sharey=True), (1, 0)):
         stops = ddim(one_pixel(schedule), schedule, x_T, T, eta, generator)
         walks = torch.stack([x.flatten() for _, x, _ in stops])  # (T + 1, 40)
         axes.plot(range(T, -1, -1), walks, linewidth=0.6)
         axes.set(xlim=(T, 0), xlabel="t", yticks=[-1, 1], title=f"$\\eta$ = {eta}")
-
-
-if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "agg"  # a notebook may ask for a backend that is not installed
-    from matplotlib.figure import Figure
-
-    network = UNet()
-    for name, part in [*network.named_children(), ("all", network)]:
-        print(f"{name:<10}{sum(p.numel() for p in part.parameters()):>10,} parameters")
-    for draw, name, height in (draw_forward, "forward.png", 2), (draw_one_pixel, "pixel.png", 3):
-        figure = Figure(figsize=(12, height), layout="constrained")
-        draw(figure)
-        figure.savefig(name, dpi=100)
+    figure.savefig("pixel.png", dpi=100)

@@ -1,8 +1,7 @@
 """Trains on a cloud GPU: modal run modal_train.py --epochs 200 --batch-size 128
 
-The training is train.py's own, with its flags, on an A100 at modal.com, with a volume named
-diffusion-checkpoints in place of the folder checkpoints/. Your machine needs nothing but modal, and
-may be switched off after modal run --detach modal_train.py.
+This is train.py, with its flags, on an A100 at modal.com. The volume diffusion-checkpoints takes
+the place of checkpoints/. With modal run --detach your machine may be switched off meanwhile.
 """
 
 import sys
@@ -26,20 +25,16 @@ image = (
 @app.function(image=image, gpu="A100", volumes={FOLDER: volume}, timeout=24 * 3600, retries=3)
 def train_in_cloud(flags, name, folder=FOLDER):
     """Runs train.py with these flags, a list of words. name: tells this run from others."""
-    import torch
-
+    import ddpm
     import train
 
-    # Modal may stop a machine at any time and call the function again with the same arguments. If
-    # the volume then holds a checkpoint of this very run, the run goes on from there.
     latest = Path(folder) / "latest.pt"
-    last = torch.load(latest, map_location="cpu", weights_only=True) if latest.exists() else {}
-    if last.get("name") == name and "--resume" not in flags:
-        flags = [*flags, "--resume"]
     try:
+        # After an interruption Modal calls this again; then the volume holds this very run.
+        if latest.exists() and ddpm.load(latest)[0]["name"] == name:
+            flags = [*flags, "--resume"]
         args, saved = train.parse([*flags, "--checkpoints", folder, "--logs", f"{folder}/logs"])
-        after_epoch = (lambda: None) if modal.is_local() else volume.commit
-        train.train(args, saved, name, after_epoch)
+        train.train(args, saved, name, volume.commit)
     except SystemExit as stop:  # a wrong flag, for example: Modal need not try again
         return stop.code
 

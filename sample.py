@@ -31,10 +31,8 @@ LOSS_AT = (2, 20, 100, 300, 400, 500, 600, 700, 800, 1000)  # the t of --score
 def parser():
     p = argparse.ArgumentParser(description="Draw pictures with a trained diffusion model.")
     what = p.add_mutually_exclusive_group()
-    text = "draw noise becoming pictures: process.png, process.gif"
-    what.add_argument("--process", "--show-process", action="store_true", help=text)
-    text = "draw shapes in the colours of their kinds: explained.png"
-    what.add_argument("--explain", action="store_true", help=text)
+    what.add_argument("--process", "--show-process", action="store_true", help="draw the walk")
+    what.add_argument("--explain", action="store_true", help="colour shapes by their kinds")
     what.add_argument("--score", action="store_true", help="print how many pictures are right")
     p.add_argument("--n", type=int, help="how many pictures (16; with --process 4, --score 500)")
     p.add_argument("--steps", type=int, help="1000 is Algorithm 2, fewer are DDIM (--score: 50)")
@@ -42,7 +40,8 @@ def parser():
     p.add_argument("--seed", type=int, default=0, help="of the noise")
     p.add_argument("--checkpoint", metavar="PATH", help=f"default: {TRAINED}, else pretrained.pt")
     p.add_argument("--output", metavar="PATH", help="a .png; default: samples.png, process.png ...")
-    p.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto for what is there")
+    there = ddpm.devices()
+    p.add_argument("--device", choices=there, default=there[0], help="where to compute")
     return p
 
 
@@ -76,10 +75,8 @@ def evenly(walk, n):
 
 
 def save_process(path, walk):
-    """Saves a strip of x_t with the guess of x_0 below each, and a GIF of the same.
-
-    walk: list of (t, x_t, x_0) as ddpm.walk yields them, on the CPU.
-    """
+    """Saves a strip of x_t with the guess of x_0 below each, and a GIF of the same. walk: list of
+    (t, x_t, x_0), as the samplers yield them, on the CPU."""
     n = len(walk[0][1])
     stops = evenly(walk, STRIP)
     figure = Figure(figsize=(len(stops), 2.1 * n + 0.3), layout="constrained")
@@ -108,10 +105,8 @@ def save_process(path, walk):
 
 
 def print_score(x, flags):
-    """Prints the score of x, (n, 1, 32, 32), beside that of real pictures and of noise.
-
-    flags: of the training, from the checkpoint.
-    """
+    """Prints the score of x, (n, 1, 32, 32), beside that of real pictures and of noise. flags: of
+    the training, from the checkpoint."""
     training = shapes.make_dataset(flags["samples"], flags["seed"])
     rows = {
         "these samples": x,
@@ -144,11 +139,15 @@ def main():
     args = parse(sys.argv[1:])
     checkpoint = args.checkpoint or (TRAINED if TRAINED.exists() else PRETRAINED)
     state, model = ddpm.load(checkpoint)
-    device = ddpm.pick_device(args.device)
-    schedule, model = ddpm.Schedule(device), model.to(device)
-    print(f"{checkpoint}, epoch {state['epoch']}, on {device}")
+    schedule, model = ddpm.Schedule(args.device), model.to(args.device)
+    print(f"{checkpoint}, epoch {state['epoch']}, on {args.device}")
+    generator = torch.Generator().manual_seed(args.seed)
+    x_T = torch.randn(args.n, 1, 32, 32, generator=generator).to(args.device)
+    if args.steps == ddpm.T and args.eta == 1:
+        walk = ddpm.algorithm_2(model, schedule, x_T, generator)
+    else:
+        walk = ddpm.ddim(model, schedule, x_T, args.steps, args.eta, generator)
     stops = []
-    walk = ddpm.walk(model, schedule, args.n, args.steps, args.eta, args.seed)
     for t, x_t, x_0 in tqdm(walk, total=args.steps + 1, disable=None):
         if args.process or t == 0:
             stops.append((t, x_t.cpu(), x_0.cpu()))
@@ -160,7 +159,8 @@ def main():
     if args.process:
         save_process(args.output, stops)
     elif args.explain:
-        shapes.save_picture(args.output, shapes.tile(shapes.coloured((x[:, 0] > 0).numpy())))
+        grid = shapes.tile(shapes.coloured((x[:, 0] > 0).numpy()))
+        shapes.to_image(grid).save(args.output)
     else:
         shapes.save_grid(args.output, x, columns=8 if args.n <= 16 else 16)
     print(f"saved {args.output}")

@@ -165,19 +165,14 @@ def tile(pictures, columns=8, scale=4):
     return grid
 
 
+def to_image(grid):
+    """An array (height, width) or (height, width, 3), in [0, 1], as a Pillow image, for save."""
+    return Image.fromarray((grid * 255).astype(np.uint8))
+
+
 def save_grid(path, x, columns=8):
     """Saves what the model has drawn, (n, 1, 32, 32), about [-1, 1], as one picture."""
-    save_picture(path, tile(from_model(x), columns))
-
-
-def to_image(picture):
-    """An array (height, width) or (height, width, 3), in [0, 1], as a Pillow image."""
-    return Image.fromarray((picture * 255).astype(np.uint8))
-
-
-def save_picture(path, picture):
-    """Saves an array as to_image takes it, as a PNG."""
-    to_image(picture).save(path, "PNG")
+    to_image(tile(from_model(x), columns)).save(path)
 
 
 # ==== 4. Which shapes are in a picture? ===========================================================
@@ -201,11 +196,7 @@ def find_blobs(picture):
 
 
 def explain(picture):
-    """Cuts a 0/1 picture (32, 32) into blobs and looks each up: a list of (kind or None, blob).
-    Raises ValueError for another size or other values."""
-    picture = np.asarray(picture)
-    if picture.shape != (SIZE, SIZE) or not np.isin(picture, (0, 1)).all():
-        raise ValueError(f"expected a picture of 0 and 1, ({SIZE}, {SIZE}), got {picture.shape}")
+    """Cuts a 0/1 picture (32, 32) into blobs and looks each up: a list of (kind or None, blob)."""
     found = []
     for blob in find_blobs(picture):
         rows, columns = blob.any(1).nonzero()[0], blob.any(0).nonzero()[0]
@@ -223,12 +214,9 @@ def score(x, training=()):
     Returns shares: "right" pictures, which hold one to three legal shapes and nothing else; "right
     shapes", of all blobs; "copies" of training pictures or their mirror images; "distinct"
     pictures. And counts in right pictures: "kinds", int (4,), in the order of KINDS; "shapes", int
-    (3,), how many pictures have 1, 2 and 3. Raises ValueError for another size or no pictures.
+    (3,), how many pictures have 1, 2 and 3.
     """
-    x = np.asarray(x, dtype=np.float32)
-    if x.ndim != 4 or x.shape[1:] != (1, SIZE, SIZE) or len(x) == 0:
-        raise ValueError(f"expected pictures (n, 1, {SIZE}, {SIZE}), got {x.shape}")
-    pictures = (x[:, 0] > 0).astype(np.uint8)  # (n, 32, 32)
+    pictures = (np.asarray(x)[:, 0] > 0).astype(np.uint8)  # (n, 32, 32)
     found = [[kind for kind, _ in explain(picture)] for picture in pictures]
     blobs = [kind for kinds in found for kind in kinds]
     legal = [kinds for kinds in found if 1 <= len(kinds) <= MAX_SHAPES and None not in kinds]
@@ -253,10 +241,10 @@ def coloured(pictures):
 
 
 if __name__ == "__main__":
-    save_picture("shapes.png", tile(coloured(make_dataset(32, seed=0))))
+    to_image(tile(coloured(make_dataset(32, seed=0)))).save("shapes.png")
     masks = [mask for kind in KINDS for mask in CATALOGUE[kind]]
     cells = np.zeros((len(masks), SIZE, SIZE))
     for cell, mask in zip(cells, masks):
         cell[: mask.shape[0], : mask.shape[1]] = mask
-    save_picture("catalogue.png", tile(cells, columns=12, scale=2))
+    to_image(tile(cells, columns=12, scale=2)).save("catalogue.png")
     print(f"saved shapes.png and catalogue.png, {len(masks)} shapes")

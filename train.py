@@ -36,10 +36,8 @@ SAVED = ("epochs", "samples", "batch_size", "lr", "seed")  # the flags that a ch
 
 
 def parser():
-    p = argparse.ArgumentParser(
-        description="Train a diffusion model on 32x32 pictures of shapes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    show_defaults = argparse.ArgumentDefaultsHelpFormatter
+    p = argparse.ArgumentParser(description="Train on pictures.", formatter_class=show_defaults)
     p.add_argument("--epochs", type=int, default=100, help="passes over the training pictures")
     p.add_argument("--samples", type=int, default=10_000, help="training pictures to draw")
     p.add_argument("--batch-size", type=int, default=64, help="training pictures per step")
@@ -47,7 +45,8 @@ def parser():
     p.add_argument("--seed", type=int, default=0, help="of data, weights and noise")
     p.add_argument("--resume", action="store_true", help="go on from latest.pt, with its flags")
     p.add_argument("--compile", action="store_true", help="use torch.compile, for GPUs")
-    p.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto for what is there")
+    there = ddpm.devices()
+    p.add_argument("--device", choices=there, default=there[0], help="where to compute")
     p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where to save")
     p.add_argument("--logs", default="logs", metavar="DIR", help="where TensorBoard looks")
     return p
@@ -63,10 +62,8 @@ def parse(argv):
         args = flags.parse_args(argv)
         if {**saved["flags"], "epochs": args.epochs} != {key: getattr(args, key) for key in SAVED}:
             flags.error(f"with --resume only --epochs can change, of {saved['flags']}")
-    if not 1 <= args.batch_size <= args.samples:
-        flags.error("--batch-size must be from 1 to --samples")
-    if args.epochs < 1 or not 0 < args.lr < math.inf or not 0 <= args.seed < 2**32:
-        flags.error("--epochs and --lr must be above 0, --seed from 0 to 4294967295")
+    if not (1 <= args.batch_size <= args.samples and args.epochs > 0 and args.lr > 0 <= args.seed):
+        flags.error("--batch-size is from 1 to --samples, the others are above 0 (--seed may be 0)")
     return args, saved
 
 
@@ -97,9 +94,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         (group,) = self.param_groups
         for p in group["params"]:
-            if "average" not in self.state[p]:
-                self.state[p]["average"] = torch.zeros_like(p)
-            average = self.state[p]["average"].lerp_(p.grad, 0.05)
+            average = self.state[p].setdefault("average", torch.zeros_like(p))
+            average.lerp_(p.grad, 0.05)
             x = p.grad.lerp(average, 0.95)  # Nesterov: the newest gradient once more
             x = x.flatten(1)  # a convolution (c_out, c_in, 3, 3) as a matrix (c_out, 9 c_in)
             m, n = x.shape
@@ -120,9 +116,8 @@ def optimizers_for(model, lr):
 def update_average(average, model, step):
     """Moves the exponential moving average (EMA) of the weights; call after step 1, 2, ...
 
-    Steps follow the gradients of small batches, which are noisy; the average is less so, and gives
-    the samples (Ho, Appendix B). Gradients are taken at the raw weights, since the average is far
-    behind them. At first it is over the last ninth of the steps, without the random start.
+    Single steps are noisy, so samples come from the average (Ho, Appendix B). At first it is over
+    the last ninth of the steps, without the random start.
     """
     decay = min(EMA_DECAY, (1 + step) / (10 + step))
     torch._foreach_lerp_([*average.parameters()], [*model.parameters()], 1 - decay)
@@ -159,22 +154,23 @@ def claim(folder, name, epoch):
         aside.mkdir()
         for file in older:
             file.rename(aside / file.name)
-        tqdm.write(f"{folder} held an older run: moved to {aside}")
+        print(f"{folder} held an older run: moved to {aside}")
     elif epoch > 1 and latest.exists():
         last, _ = ddpm.load(latest)
         if (last["name"], last["epoch"]) != (name, epoch - 1):
             sys.exit(f"error: another training writes to {folder}; this one stops")
 
 
-def train_epoch(model, average, optimizers, schedule, data, args, epoch, bar):
+def train_epoch(model, average, optimizers, schedule, data, args, epoch):
     """Algorithm 1, once through the data. Returns the mean loss."""
     # Every epoch has a seed of its own, so a resumed run is the same as one that never stopped.
     seed = np.random.SeedSequence([args.seed, epoch]).generate_state(1).item()
     generator = torch.Generator(data.device).manual_seed(seed)
     order = torch.randperm(len(data), generator=generator, device=data.device)
     batches = order.split(args.batch_size)[: len(data) // args.batch_size]  # only full ones
-    losses = []
-    for step, batch in enumerate(batches, start=(epoch - 1) * len(batches) + 1):
+    step, losses = (epoch - 1) * len(batches), []
+    for batch in tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=None):
+        step += 1
         x_0 = shapes.mirror(data[batch], generator)  # (B, 1, 32, 32)
         t = ddpm.draw_t(len(x_0), generator, x_0.device)  # (B,)
         eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
@@ -188,16 +184,24 @@ def train_epoch(model, average, optimizers, schedule, data, args, epoch, bar):
             optimizer.step()
         update_average(average, model, step)
         losses.append(loss.detach())
-        bar.update()
     return torch.stack(losses).mean().item()
+
+
+def draw_samples(path, average, schedule):
+    """Saves a grid of samples, always from the same noise. Returns the share of right ones."""
+    generator = torch.Generator().manual_seed(0)
+    x_T = torch.randn(PICTURES, 1, 32, 32, generator=generator).to(schedule.beta.device)
+    *_, (_, x, _) = ddpm.ddim(average, schedule, x_T, STEPS, generator=generator)
+    shapes.save_grid(path, x.cpu(), columns=16)
+    return shapes.score(x.cpu())["right"]
 
 
 def train(args, saved, name, after_epoch=lambda: None):
     """Trains. args, saved: as from parse. name: of a new run; a resumed one keeps its own.
     after_epoch: called after each save."""
-    device, folder = ddpm.pick_device(args.device), Path(args.checkpoints)
+    device, folder, history = args.device, Path(args.checkpoints), []
     torch.manual_seed(args.seed)
-    schedule, model, history = ddpm.Schedule(device), ddpm.UNet().to(device), []
+    schedule, model = ddpm.Schedule(device), ddpm.UNet().to(device)
     average = copy.deepcopy(model).requires_grad_(False)
     optimizers = optimizers_for(model, args.lr)
     if saved:
@@ -208,27 +212,20 @@ def train(args, saved, name, after_epoch=lambda: None):
         history, name = saved["history"], saved["name"]
     if args.compile:
         model.compile()
-        average.compile()
     data = shapes.to_model(shapes.make_dataset(args.samples, args.seed)).to(device)
     validation = shapes.to_model(shapes.make_dataset(VALIDATION, [args.seed, 1])).to(device)
     folder.mkdir(parents=True, exist_ok=True)
     writer = SummaryWriter(Path(args.logs) / name)
     print(f"{device}, bfloat16: {ddpm.fast_bfloat16(device)}", flush=True)
-    if len(history) >= args.epochs:
-        print(f"{len(history)} epochs are done already; a larger --epochs goes on")
-    batches = args.samples // args.batch_size
-    bar = tqdm(total=args.epochs * batches, initial=len(history) * batches, disable=None)
     for epoch in range(len(history) + 1, args.epochs + 1):
         row = {"epoch": epoch}
-        row["loss"] = train_epoch(model, average, optimizers, schedule, data, args, epoch, bar)
+        row["loss"] = train_epoch(model, average, optimizers, schedule, data, args, epoch)
         row["validation"] = validation_loss(average, schedule, validation)
         if not math.isfinite(row["loss"] + row["validation"]):
             sys.exit(f"error: the loss of epoch {epoch} is not finite; try a lower --lr")
         claim(folder, name, epoch)
         if epoch % SAMPLE_EVERY == 0 or epoch == args.epochs:
-            x = ddpm.sample(average, schedule, PICTURES, STEPS).cpu()
-            row["right"] = shapes.score(x)["right"]
-            shapes.save_grid(folder / f"samples_{epoch:04d}.png", x, columns=16)
+            row["right"] = draw_samples(folder / f"samples_{epoch:04d}.png", average, schedule)
         for key, value in row.items():
             writer.add_scalar(key, value, epoch)
         history.append(row)
@@ -242,8 +239,7 @@ def train(args, saved, name, after_epoch=lambda: None):
         ddpm.save(folder / "latest.pt", {**state, "model": model.state_dict()})
         save_curve(folder / "loss.png", history)
         after_epoch()
-        tqdm.write(", ".join(f"{key} {round(value, 4)}" for key, value in row.items()))
-        sys.stdout.flush()
+        print(", ".join(f"{key} {round(value, 4)}" for key, value in row.items()), flush=True)
 
 
 def main():

@@ -113,11 +113,10 @@ def print_score(x, flags):
         "other real pictures": shapes.to_model(shapes.make_dataset(len(x), [flags["seed"], 2])),
         "pure noise": torch.randn(x.shape),
     }
-    print(f"{'':<20}   right right shapes  copies distinct   circ rect  tri line    1    2    3")
+    print(f"{'':<20}   right  copies distinct   circ rect  tri line    1    2    3")
     for name, pictures in rows.items():
         s = shapes.score(pictures, training)
-        print(f"{name:<20}{s['right']:>8.1%}{s['right shapes']:>13.1%}", end="")
-        print(f"{s['copies']:>8.1%}{s['distinct']:>9.1%}  ", end="")
+        print(f"{name:<20}{s['right']:>8.1%}{s['copies']:>8.1%}{s['distinct']:>9.1%}  ", end="")
         print("".join(f"{count:>5}" for count in [*s["kinds"], *s["shapes"]]))
 
 
@@ -156,13 +155,13 @@ def main():
         print_score(x, state["flags"])
         print_loss_by_t(model, schedule, state["flags"])
         return
+    grid = shapes.tile(shapes.from_model(x), columns=8 if args.n <= 16 else 16)
+    if args.explain:
+        grid = shapes.tile(shapes.coloured((x[:, 0] > 0).numpy()))
     if args.process:
         save_process(args.output, stops)
-    elif args.explain:
-        grid = shapes.tile(shapes.coloured((x[:, 0] > 0).numpy()))
-        shapes.to_image(grid).save(args.output)
     else:
-        shapes.save_grid(args.output, x, columns=8 if args.n <= 16 else 16)
+        shapes.to_image(grid).save(args.output)
     print(f"saved {args.output}")
 
 

@@ -1,12 +1,7 @@
 """The data: 32x32 binary pictures with one to three shapes from a catalogue.
 
-    python shapes.py        saves shapes.png (data in colours) and catalogue.png (every shape)
-
-Whether a generated face is good is a matter of opinion. Whether a generated circle is right can be
-checked, pixel for pixel.
+python shapes.py        saves shapes.png (data in colours) and catalogue.png (every shape)
 """
-
-import math
 
 import numpy as np
 import torch
@@ -21,8 +16,7 @@ MORE = 0.4  # the probability of the second shape, and of the third
 TRIES = 30  # positions tried for a shape before its picture begins again
 
 # ==== 1. The catalogue: every legal shape =========================================================
-# A mask is a bool array that just fits around its shape: True is shape, False is background.
-# All lengths are in pixels.
+# A mask is a bool array that just fits around its shape; True is shape. Lengths are in pixels.
 
 
 def circle(diameter):
@@ -30,11 +24,6 @@ def circle(diameter):
     middle = (diameter - 1) / 2  # between two pixels
     y, x = np.ogrid[-middle : middle + 1, -middle : middle + 1]
     return x * x + y * y <= diameter * diameter / 4
-
-
-def rectangle(height, width):
-    """A filled upright rectangle: (height, width)."""
-    return np.ones((height, width), dtype=bool)
 
 
 def triangle(height, rise):
@@ -66,9 +55,9 @@ def make_catalogue():
     """{kind: list of masks}, with all mirror images and each mask once."""
     sides = (8, 12, 16)
     made = [("circle", circle(diameter)) for diameter in sides]
-    made += [("rectangle", rectangle(height, width)) for height in sides for width in sides]
+    made += [("rectangle", np.ones((height, width), bool)) for height in sides for width in sides]
     made += [("triangle", triangle(height, rise)) for height, rise in ((8, 1), (12, 2), (16, 2))]
-    made += [("line", rectangle(GRID, length)) for length in range(12, SIZE + 1, GRID)]
+    made += [("line", np.ones((GRID, length), bool)) for length in range(12, SIZE + 1, GRID)]
     made += [("line", diagonal(length)) for length in range(8, 25, GRID)]
     catalogue = {kind: {} for kind in KINDS}
     for kind, mask in made:
@@ -121,8 +110,9 @@ def make_dataset(n, seed):
         number = 1 + rng.binomial(MAX_SHAPES - 1, MORE)
         kinds = [KINDS[k] for k in rng.integers(len(KINDS), size=number)]
         # No room: again with the same kinds. With new ones, kinds that need little room would win.
-        while (picture := draw_picture(kinds, rng)) is None:
-            pass
+        picture = None
+        while picture is None:
+            picture = draw_picture(kinds, rng)
         pictures[i] = picture
     return pictures
 
@@ -155,14 +145,10 @@ def tile(pictures, columns=8, scale=4):
     """Pictures (n, h, w) or (n, h, w, 3), in [0, 1], side by side as one array, with grey lines
     between them. Every pixel becomes scale x scale pixels."""
     columns = min(columns, len(pictures))
-    rows = math.ceil(len(pictures) / columns)
-    _, h, w, *colours = pictures.shape
-    h, w = h * scale + 2, w * scale + 2
-    grid = np.full((rows * h, columns * w, *colours), 0.5, dtype=np.float32)
-    for i, picture in enumerate(pictures):
-        y, x = i // columns * h, i % columns * w
-        grid[y + 1 : y + h - 1, x + 1 : x + w - 1] = picture.repeat(scale, 0).repeat(scale, 1)
-    return grid
+    cells = pictures.astype(np.float32).repeat(scale, 1).repeat(scale, 2)
+    edges = [(0, -len(cells) % columns), (1, 1), (1, 1), (0, 0)]
+    cells = np.pad(cells, edges[: cells.ndim], constant_values=0.5)
+    return np.vstack([np.hstack(cells[i : i + columns]) for i in range(0, len(cells), columns)])
 
 
 def to_image(grid):
@@ -170,12 +156,7 @@ def to_image(grid):
     return Image.fromarray((grid * 255).astype(np.uint8))
 
 
-def save_grid(path, x, columns=8):
-    """Saves what the model has drawn, (n, 1, 32, 32), about [-1, 1], as one picture."""
-    to_image(tile(from_model(x), columns)).save(path)
-
-
-# ==== 4. Which shapes are in a picture? ===========================================================
+# ==== 4. Is a picture right? ======================================================================
 
 
 def find_blobs(picture):
@@ -205,30 +186,26 @@ def explain(picture):
     return found
 
 
-# ==== 5. The score: is it learning? ===============================================================
-
-
 def score(x, training=()):
     """x: float (n, 1, 32, 32); above 0 is shape. training: uint8 (m, 32, 32), what was trained on.
 
-    Returns shares: "right" pictures, which hold one to three legal shapes and nothing else; "right
-    shapes", of all blobs; "copies" of training pictures or their mirror images; "distinct"
-    pictures. And counts in right pictures: "kinds", int (4,), in the order of KINDS; "shapes", int
-    (3,), how many pictures have 1, 2 and 3.
+    Returns shares: "right" pictures, which hold one to three legal shapes and nothing else;
+    "copies" of training pictures or their mirror images; "distinct" pictures. And counts in right
+    pictures: "kinds", int (4,), in the order of KINDS; "shapes", int (3,): with 1, 2 and 3 shapes.
     """
     pictures = (np.asarray(x)[:, 0] > 0).astype(np.uint8)  # (n, 32, 32)
-    found = [[kind for kind, _ in explain(picture)] for picture in pictures]
-    blobs = [kind for kinds in found for kind in kinds]
-    legal = [kinds for kinds in found if 1 <= len(kinds) <= MAX_SHAPES and None not in kinds]
-    known = {np.asarray(picture, dtype=np.uint8).tobytes() for picture in training}
-    return {
-        "right": len(legal) / len(found),
-        "right shapes": np.mean([kind is not None for kind in blobs]) if blobs else 0.0,
-        "copies": np.mean([any(m.tobytes() in known for m in mirror_images(p)) for p in pictures]),
-        "distinct": len({p.tobytes() for p in pictures}) / len(pictures),
-        "kinds": np.array([sum(kinds.count(kind) for kinds in legal) for kind in KINDS]),
-        "shapes": np.array([sum(len(kinds) == n for kinds in legal) for n in (1, 2, 3)]),
-    }
+    known = {picture.tobytes() for picture in training}
+    copies, kinds, numbers = 0, np.zeros(len(KINDS), dtype=int), np.zeros(MAX_SHAPES, dtype=int)
+    for picture in pictures:
+        copies += any(image.tobytes() in known for image in mirror_images(picture))
+        found = [kind for kind, _ in explain(picture)]
+        if 1 <= len(found) <= MAX_SHAPES and None not in found:
+            numbers[len(found) - 1] += 1
+            for kind in found:
+                kinds[KINDS.index(kind)] += 1
+    n, distinct = len(pictures), len({picture.tobytes() for picture in pictures})
+    shares = {"right": int(numbers.sum()) / n, "copies": copies / n, "distinct": distinct / n}
+    return {**shares, "kinds": kinds, "shapes": numbers}
 
 
 def coloured(pictures):

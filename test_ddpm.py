@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.nn.functional import group_norm
 
 import ddpm
@@ -133,8 +132,7 @@ def test_model_range_and_back_and_pictures_for_people(tmp_path):
     assert x.unique().tolist() == [-1, 1]
     assert np.array_equal(shapes.from_model(x), pictures)
     assert np.array_equal(shapes.from_model(3 * x), pictures)
-    shapes.save_grid(tmp_path / "grid.png", 0.5 * x, columns=7)
-    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    grid = np.asarray(shapes.to_image(shapes.tile(shapes.from_model(0.5 * x), columns=7)))
     assert grid.shape[:2] == (3 * 130, 7 * 130)
     eighth = grid[130 + 1 : 260 - 1 : 4, 130 + 1 : 260 - 1 : 4] / 255
     assert np.abs(eighth - (0.25 + 0.5 * pictures[8])).max() < 0.01
@@ -176,14 +174,14 @@ def test_the_score_counts():
     x[-10:] = noise(10, 1, 32, 32).clamp(-1, 1)
     s = shapes.score(x, training=pictures[40:, ::-1])  # mirror images count as copies
     found = [[kind for kind, _ in shapes.explain(p)] for p in [*pictures, *pictures[:10]]]
-    assert s["right"] == pytest.approx(0.9) and 0 < s["right shapes"] < 1
+    assert s["right"] == pytest.approx(0.9)
     assert s["kinds"].tolist() == [sum(k.count(kind) for k in found) for kind in shapes.KINDS]
     assert s["shapes"].tolist() == [sum(len(k) == n for k in found) for n in (1, 2, 3)]
     assert s["copies"] == pytest.approx(0.4) and s["distinct"] == pytest.approx(0.9)
     one = np.zeros((1, 32, 32))
     one[0, 4:12, 4:12] = one[0, 20, 20] = 1  # a rectangle and a dot
     s = shapes.score(shapes.to_model(one))
-    assert s["right"] == 0 and s["right shapes"] == 0.5 and s["kinds"].sum() == 0
+    assert s["right"] == 0 and s["kinds"].sum() == 0
 
 
 # ==== Noise and the network =======================================================================
@@ -468,7 +466,7 @@ def test_muon_by_hand(shape, monkeypatch):
     """Catches: a tall matrix taken for a wide one, a lost momentum, a rate of the wrong kind."""
     monkeypatch.setattr(ddpm, "fast_bfloat16", lambda device: False)
     p = torch.nn.Parameter(torch.zeros(shape))
-    muon, average, want = train.Muon([p], 1e-3), 0, 0
+    muon, average, want = train.Muon([p], {"lr": 1e-3}), 0, 0
     for step in range(1, 8):
         p.grad = noise(*shape, seed=step)
         muon.step()
@@ -725,7 +723,7 @@ def test_sampling_from_the_command_line(tiny, tmp_path, monkeypatch, capsys):
     assert a == b != c and a != d
     out = run("--score", "--n=8", "--steps=2")
     assert f"{Path('checkpoints/best.pt')}, epoch 1, " in out and "these samples" in out
-    assert re.search(r"other real pictures +100.0% +100.0%", out)
+    assert re.search(r"other real pictures +100.0%", out)
     for flag in ("--explain", "--show-process", "--process"):
         run(flag, "--steps=5")
     for name, start in {

@@ -87,9 +87,6 @@ class Muon(torch.optim.Optimizer):
     on its own, so a few directions still win. Muon moves about equally far in all of them.
     """
 
-    def __init__(self, matrices, lr):
-        super().__init__(matrices, {"lr": lr})
-
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
@@ -109,7 +106,8 @@ def optimizers_for(model, lr):
     ends = {model.stem.weight, model.out.weight}
     matrices = [p for p in model.parameters() if p.ndim > 1 and p not in ends]
     others = [p for p in model.parameters() if p.ndim == 1 or p in ends]
-    return Muon(matrices, lr), torch.optim.Adam(others, ADAM_RATE, betas=(0.9, 0.99), fused=True)
+    adam = torch.optim.Adam(others, ADAM_RATE, betas=(0.9, 0.99), fused=True)
+    return Muon(matrices, {"lr": lr}), adam
 
 
 @torch.no_grad()
@@ -192,7 +190,7 @@ def draw_samples(path, average, schedule):
     generator = torch.Generator().manual_seed(0)
     x_T = torch.randn(PICTURES, 1, 32, 32, generator=generator).to(schedule.beta.device)
     *_, (_, x, _) = ddpm.ddim(average, schedule, x_T, STEPS, generator=generator)
-    shapes.save_grid(path, x.cpu(), columns=16)
+    shapes.to_image(shapes.tile(shapes.from_model(x.cpu()), columns=16)).save(path)
     return shapes.score(x.cpu())["right"]
 
 

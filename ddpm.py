@@ -46,17 +46,17 @@ from torch import nn
 
 # ==== 1. Noise: from x_0 to x_t ===================================================================
 #
-# The pictures have 32x32 pixels, each -1 (background) or +1 (shape). So the data has the size of
-# the noise, whose variance is 1. In 0...255 such noise could not be seen. In 0...1 shape and
-# background would be half as far apart, and would drown in the noise sooner.
+# The pictures show one to three shapes (shapes.py) on 32x32 pixels, each -1 (background) or +1
+# (shape). So the data has the size of the noise, whose variance is 1. In 0...255 such noise could
+# not be seen. In 0...1 the two values would be half as far apart, and drown in the noise sooner.
 #
 # Step t mixes the picture with fresh noise of variance beta_t (Eq. 2; N(x; mean, variance) is the
 # density of a Gaussian at x):
 #
 #     q(x_t | x_{t-1}) = N(x_t; sqrt(1 - beta_t) x_{t-1}, beta_t I)
 #
-# The factor sqrt(1 - beta_t) keeps a mean square of 1 at 1, since (1 - beta_t) + beta_t = 1. The
-# betas are chosen by hand (Ho, Section 4): small at first, when little noise is enough to hide
+# The factor sqrt(1 - beta_t) keeps the size: a mean square of 1 becomes (1 - beta_t) + beta_t = 1.
+# The betas are chosen by hand (Ho, Section 4): small at first, when little noise is enough to hide
 # details, and larger later.
 #
 # We need not go through all steps to get x_t. A sum of independent Gaussians is a Gaussian, and
@@ -66,6 +66,7 @@ from torch import nn
 #     x_2 = sqrt(alpha_2) x_1 + sqrt(1 - alpha_2) z'
 #         = sqrt(alpha_2 alpha_1) x_0 + sqrt(alpha_2 (1 - alpha_1)) z + sqrt(1 - alpha_2) z'
 #         = sqrt(alpha_2 alpha_1) x_0 + sqrt(1 - alpha_2 alpha_1) eps
+#           since alpha_2 (1 - alpha_1) + (1 - alpha_2) = 1 - alpha_2 alpha_1
 #
 # After t steps alpha_bar_t = alpha_1 alpha_2 ... alpha_t takes the place of alpha_2 alpha_1:
 #
@@ -107,14 +108,14 @@ class Schedule:
 
     def signal_and_noise(self, t):
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), for t (B,) in 0..T: two (B, 1, 1, 1)."""
-        signal, noise = self.alpha_bar[t].sqrt(), self.one_minus_alpha_bar[t].sqrt()
+        signal, noise = self.alpha_bar[t].sqrt(), self.one_minus_alpha_bar[t].sqrt()  # (B,) each
         return signal.view(-1, 1, 1, 1), noise.view(-1, 1, 1, 1)  # (B, 1, 1, 1)
 
 
 def q_sample(schedule, x_0, t, eps):
     """Draws x_t from q(x_t | x_0), Eq. 4: float (B, 1, H, W).
 
-    x_0: float (B, 1, H, W) in [-1, 1]. t: int64 (B,), in 0..T. eps: standard normal, like x_0.
+    x_0: float (B, 1, H, W) in [-1, 1]. t: int64 (B,), in 0..T. eps: standard normal, as many.
     """
     signal, noise = schedule.signal_and_noise(t)
     return signal * x_0 + noise * eps
@@ -132,7 +133,8 @@ def predict_x_0(schedule, x_t, t, eps):
 
 
 # So a network that guesses the noise also guesses the picture. The paper lets it guess the noise
-# (noise prediction), with the mean squared error as the loss. Section 6 says where it comes from.
+# (noise prediction), which gave the best samples (Ho, Table 2), with the mean squared error as the
+# loss. Section 6 says where this loss comes from.
 
 
 def loss_fn(model, schedule, x_0, t, eps):
@@ -145,9 +147,9 @@ def loss_fn(model, schedule, x_0, t, eps):
     return F.mse_loss(model(x_t, t), eps)
 
 
-# That is line 5 of Algorithm 1. The whole loop is `train_epoch` in train.py. There, samples come
-# from a moving average of the weights, because single gradients are noisy. Gradients are taken at
-# the raw weights: the average lags by many steps, and would not show where these should go next.
+# Its gradient is line 5 of Algorithm 1; the whole loop is `train_epoch` in train.py. There, samples
+# come from a moving average of the weights, because single gradients are noisy. Gradients are taken
+# at the raw weights: the average lags by many steps, so its gradient would be out of date.
 #
 # Which guess has the least squared error? Many pictures fit the same x_t. Let E be the mean over
 # them, weighted by how well they fit, and m = E x_0. A guess c of x_0 has the error
@@ -158,7 +160,7 @@ def loss_fn(model, schedule, x_0, t, eps):
 # grey blur. This is why one cannot go from noise to a picture in one step. A small step follows the
 # guess only a little. Then fewer pictures fit, and the next guess is sharper (section 4 shows how).
 #
-# By Eq. 4, a squared error of eps is one of x_0 times a factor, the signal-to-noise ratio:
+# By Eq. 4, the error of eps is the error of x_0 times a factor, the signal-to-noise ratio:
 #
 #     (eps - guess of eps)^2 = alpha_bar_t / (1 - alpha_bar_t) * (x_0 - guess of x_0)^2
 #
@@ -225,12 +227,12 @@ def algorithm_2(model, schedule, x_T, generator=None):
     x = x_T
     for t in range(T, 0, -1):
         times = torch.full((len(x),), t, device=x.device)  # (B,)
-        eps = model(x, times)
-        yield t, x, predict_x_0(schedule, x, times, eps)
+        eps_theta = model(x, times)
+        yield t, x, predict_x_0(schedule, x, times, eps_theta)
         z = torch.randn(x.shape, generator=generator).to(x.device)
         beta, alpha = schedule.beta[t], schedule.alpha[t]
         var_t, var_before = schedule.one_minus_alpha_bar[t], schedule.one_minus_alpha_bar[t - 1]
-        mu = (x - beta / var_t.sqrt() * eps) / alpha.sqrt()  # Eq. 11
+        mu = (x - beta / var_t.sqrt() * eps_theta) / alpha.sqrt()  # Eq. 11
         # The paper tries sigma_t^2 = beta_tilde_t, right if the data is a single picture, and
         # sigma_t^2 = beta_t, right if it is standard normal (Ho, Section 3.2). They differ only at
         # small t: the ratio is 0.98 at t = 100 and 0.85 at t = 10. We take the first. At t = 1 it
@@ -252,8 +254,7 @@ def algorithm_2(model, schedule, x_T, generator=None):
 
 
 def one_pixel(schedule):
-    """The perfect network for independent pixels of -1 and +1: a function of x_t (B, 1, H, W) and
-    t (B,) that returns the best guess of eps, (B, 1, H, W)."""
+    """The perfect network for pixels of -1 and +1: a function of x_t, t (B,) -> guess of eps."""
 
     def perfect(x_t, t):
         signal, noise = schedule.signal_and_noise(t)
@@ -264,8 +265,8 @@ def one_pixel(schedule):
 
 
 # Put into Algorithm 2, it leads every walk to -1 or +1, half of them to each. `python ddpm.py`
-# draws forty walks, pixel.png: a bundle that splits in two. So a thousand Gaussian steps do end in
-# two values. Two questions can be answered with it.
+# draws forty walks, pixel.png: a bundle that splits in two. So a thousand Gaussian steps can end in
+# two values, because the mean of a step, with its tanh, is not linear in x_t.
 #
 # What decides, when both values fit x_t? The fresh noise z. The guess is near 0 and favours
 # neither. By chance z moves x_t to one side, and the guess follows. Of 4,000 walks 50 % end on the
@@ -274,8 +275,8 @@ def one_pixel(schedule):
 # What can no network know? Even this perfect one has a loss that no training can reduce:
 #
 #     t                                  100    200    300    400    500    600    700    1000
-#     squared error of eps, Eq. 14     0.044   0.47   0.38   0.19  0.079  0.026  0.007  0.00004
-#     squared error of x_0             0.005   0.24   0.58   0.80   0.92   0.98   0.99     1.00
+#     squared error of eps, Eq. 14     0.042   0.47   0.38   0.19  0.079  0.026  0.007  0.00004
+#     squared error of x_0             0.005   0.24   0.58   0.80   0.92   0.97   0.99     1.00
 #
 # At small t the pixel can be seen, and both errors are small. At large t it cannot: the guess is 0
 # and its squared error 1. But x_t is then almost nothing but eps, so eps is easy: the least
@@ -288,11 +289,10 @@ def one_pixel(schedule):
 #     epoch 100 0.00003 0.00004  0.0002   0.004   0.085    0.31    0.48    0.55
 #
 # From 500 on little changes: what is left is probably doubt. Up to 400 the error falls to less than
-# half, and right pictures (pixel for pixel, see shapes.py) rise from 86 to 97 %. The training loss
-# hardly shows it: 0.0052 and 0.0036.
+# half, and right pictures rise from 86 to 97 %, while the training loss falls from 0.0052 to 0.0036.
 #
-# Could one start later, with pure noise at t = 500? No: x_500 should hold 0.28 x_0, and the network
-# takes chance patterns for it. Of 200 pictures 50 % were right, and most of these had three shapes.
+# Could one start later, with pure noise at t = 500? No: it lacks the 0.28 x_0 of a true x_500, and
+# the network finds shapes by chance: of 200 pictures half were right, most of these with three.
 
 # ==== 5. Fewer steps ==============================================================================
 #
@@ -306,8 +306,8 @@ def one_pixel(schedule):
 #     x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z
 #     sigma = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)
 #
-# With eta = 1 and s = t - 1, sigma^2 is beta_tilde_t, and this is Algorithm 2 again. With eta = 0
-# nothing is random after x_T: all one-pixel walks end on the side where they began.
+# With eta = 1 and s = t - 1, sigma^2 is beta_tilde_t: Algorithm 2 again, but for the clip. With
+# eta = 0 nothing is random after x_T: all one-pixel walks end on the side where they began.
 #
 # Below, the guess of x_0 is clipped to [-1, 1]. Why? To get it, predict_x_0 divides by
 # sqrt(alpha_bar_t), so at t = T an error of eps is 157 times as large in x_0. A small step takes
@@ -371,18 +371,18 @@ def ddim(model, schedule, x_T, steps, eta=1.0, generator=None):
 #     w_t     = beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t))
 #             = beta_t / (2 alpha_t (1 - alpha_bar_{t-1}))              for sigma_t^2 = beta_tilde_t
 #
-# And t = 1? Pixel values are discrete, so L_0 is -log of the probability that a Gaussian around
-# mu_theta(x_1, 1), of variance beta_1 as beta_tilde_1 is 0, gives to the bin around the true value,
-# 2 / 255 wide (Eq. 13). Take the density there times the width instead (Ho, Section 3.4; a rough
-# approximation). Then L_0, too, is a squared error of the mean, and by Eq. 11 one of eps.
+# And t = 1? Pixel values are discrete, so L_0 is -log of the probability of a bin around the true
+# value, 2 / 255 wide or, at -1 and +1, open to one side, under N(mu_theta(x_1, 1), beta_1 I), as
+# beta_tilde_1 is 0 (Eq. 13). Take the density times a width instead (a rough approximation; Ho,
+# Section 3.4). Then L_0, too, is a squared error of the mean, and by Eq. 11 one of eps.
 #
-# So all that can be learned is a squared error of eps, times a factor. Eq. 14 drops the factors. At
-# each t the best guess is the same: the factors only say where to try hardest. w_t falls from 0.6
-# at t = 2 to 0.005 at t = 350 and rises to 0.01 at T. Without w_t less of the effort goes to small
-# t, whose noise cannot be seen, and more to large t, where pictures take shape (Ho, Section 3.4).
-# The bound gets worse and the samples better (Ho, Table 1). Our draw_t takes effort from small t
-# once more.
-#
+# So every term is a squared error of eps, times a factor. Eq. 14 drops the factors. At each t the
+# best guess is the same: the factors only say where to try hardest. w_t falls from 0.6 at t = 2 to
+# 0.005 at t = 350 and rises to 0.01 at T. Without w_t less of the effort goes to small t, whose
+# noise cannot be seen, and more to large t, where pictures take shape (Ho, Section 3.4). The bound
+# gets worse and the samples better (Ho, Table 1). Our draw_t takes effort from small t once more,
+# and from t near T.
+
 # ==== 7. The network ==============================================================================
 #
 # eps_theta is a U-Net: down from 32x32 to 4x4 pixels, to see the whole picture, and up again.
@@ -403,14 +403,14 @@ def time_embedding(t, dim):
 def norm(channels):
     """Normalises 8 channels of a picture at a time to mean 0 and variance 1; scales and shifts.
 
-    BatchNorm, over the whole batch, would see all t in training and a single t in sampling.
+    BatchNorm, over the whole batch, would mix pictures at many different t.
     """
     return nn.GroupNorm(channels // 8, channels)
 
 
 def zero_init(layer):
     """Sets a layer to 0: the last one of each block below, and the last one of the network. So a
-    block at first passes on its input: the network begins shallow, which is easier to train."""
+    block at first adds nothing: the network begins shallow, which is easier to train."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -427,8 +427,8 @@ def zero_init(layer):
 # a pixel can collect different things at once.
 #
 # The cost grows with the square of the number of places: 4096 pairs at 8x8, a million at 32x32. So
-# larger sizes are first averaged to 8x8. (Without attention as many samples are right after 20
-# epochs, 91 %: at 4x4 convolutions see the whole picture, too. It stays because the paper has it.)
+# larger sizes are first averaged to 8x8. (Without attention 91 % are right after 20 epochs, as with
+# it: at 4x4 convolutions see the whole picture, too. It stays because the paper has it.)
 
 
 class Attention(nn.Module):
@@ -443,8 +443,8 @@ class Attention(nn.Module):
         self.out = zero_init(nn.Linear(width, channels))
 
     def forward(self, x):
-        block = max(1, x.shape[2] // 8)
-        y = self.norm(F.avg_pool2d(x, block))  # (B, C, h, w), h = H / block
+        factor = max(1, x.shape[2] // 8)
+        y = self.norm(F.avg_pool2d(x, factor))  # (B, C, h, w), h = H / factor
         h, w = y.shape[2:]
         y = self.qkv(y.flatten(2).transpose(1, 2))  # (B, M, 3 width), M = h w places
         y = y.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, heads, M, d)
@@ -452,7 +452,7 @@ class Attention(nn.Module):
         weights = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3)  # (B, heads, M, M)
         y = (weights @ v).transpose(1, 2).flatten(2)  # (B, M, width)
         y = self.out(y).transpose(1, 2).unflatten(2, (h, w))  # (B, C, h, w)
-        return x + F.interpolate(y, scale_factor=float(block))  # (B, C, H, W)
+        return x + F.interpolate(y, scale_factor=float(factor))  # (B, C, H, W)
 
 
 class ResBlock(nn.Module):
@@ -494,11 +494,11 @@ class Up(nn.Module):
 
 # THE U-NET. On the way down, height and width are halved and the channels grow. On the way up, each
 # level also receives what the same level had on the way down, the skip connection. The two are
-# added (Ho concatenates them, which takes more weights).
+# added (Ho concatenates them). The sizes are ours: 2.5 million weights, where Ho has 35.7 million.
 #
 #     32x32  stem -- down ------------------------------- up -- out
 #     16x16            down ----------------------- up
-#      8x8               down --------------- up (three blocks: one place is 4x4 pixels)
+#      8x8               down --------------- up (three blocks: shapes lie on this grid)
 #      4x4                  middle (512 channels)
 #
 # The bottom tells what is in the picture, the skips exactly where. This is no question of size: the
@@ -520,7 +520,7 @@ def fast_bfloat16(device):
 
 class UNet(nn.Module):
     """The network. channels: at 32x32, 16x16 and 8x8. bottleneck: at 4x4. narrow: inside the blocks
-    there, as a convolution from 512 to 512 would have 2.4 million weights. time_dim: size of the
+    and the attention there, as 512 to 512 channels would take 2.4 million weights. time_dim: of the
     time vector, even. All numbers of channels are multiples of 8 and, above 32, of 32.
     """
 
@@ -594,7 +594,7 @@ def load(path):
 
 # ==== 9. What to change for something else ========================================================
 #
-# 64x64 pictures: SIZE in shapes.py, 32 where x_T is drawn, a level on top in UNet. Its convolutions
+# 64x64 pictures: SIZE in shapes.py, 32 where x_T is drawn, a level on top in UNet. Its blocks
 #   cost 4 times those at 32x32, its attention no more, as it works at 8x8. A shape of twice the
 #   width remains visible under more noise: draw larger t.
 # Colour: 3 channels in x_T, `stem` and `out`, and pictures (B, 3, 32, 32) in [-1, 1].

@@ -289,7 +289,7 @@ def one_pixel(schedule):
 #     epoch 100 0.00003 0.00004  0.0002   0.004   0.085    0.31    0.48    0.55
 #
 # From 500 on little changes: what is left is probably doubt. Up to 400 the error falls to less than
-# half, and right pictures rise from 86 to 97 %, while the training loss falls from 0.0052 to 0.0036.
+# half, and right pictures rise from 86 to 97 %, and the training loss falls from 0.0052 to 0.0036.
 #
 # Could one start later, with pure noise at t = 500? No: it lacks the 0.28 x_0 of a true x_500, and
 # the network finds shapes by chance: of 200 pictures half were right, most of these with three.
@@ -633,8 +633,8 @@ if __name__ == "__main__":
     x_T = torch.randn(40, 1, 1, 1, generator=generator)
     figure = Figure(figsize=(12, 3), layout="constrained")
     for axes, eta in zip(figure.subplots(1, 2, sharey=True), (1, 0)):
-        stops = ddim(one_pixel(schedule), schedule, x_T, T, eta, generator)
+        stops = [*ddim(one_pixel(schedule), schedule, x_T, T, eta, generator)]
         walks = torch.stack([x.flatten() for _, x, _ in stops])  # (T + 1, 40)
-        axes.plot(range(T, -1, -1), walks, linewidth=0.6)
+        axes.plot([t for t, _, _ in stops], walks, linewidth=0.6)
         axes.set(xlim=(T, 0), xlabel="t", yticks=[-1, 1], title=f"$\\eta$ = {eta}")
     figure.savefig("pixel.png", dpi=100)

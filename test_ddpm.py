@@ -232,9 +232,7 @@ def test_attention_against_a_naive_loop(channels, width, side):
     grid = [(i, j) for i in range(0, side, block) for j in range(0, side, block)]
     means = [x[:, :, i : i + block, j : j + block].mean((2, 3)) for i, j in grid]
     means = group_norm(torch.stack(means, 2), channels // 8, layer.norm.weight, layer.norm.bias)
-    rows = [
-        (mean @ layer.qkv.weight.T + layer.qkv.bias).split(width, 1) for mean in means.unbind(2)
-    ]
+    rows = [(m @ layer.qkv.weight.T + layer.qkv.bias).split(width, 1) for m in means.unbind(2)]
     assert layer.heads == heads
     for (query, _, _), (i, j) in zip(rows, grid):
         parts = []
@@ -291,20 +289,12 @@ def test_everything_is_used_and_pictures_of_a_batch_do_not_see_each_other():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
-def test_skips_join_the_level_of_their_own_resolution():
-    """Catches: skips in the wrong order, taken after the pooling, or not joined at all."""
-    model, down, up = awake(ddpm.UNet()), [], []
-    for level in model.down:
-        level.register_forward_hook(lambda m, i, o: down.append(o))
-    for level in model.up:
-        level.register_forward_hook(lambda m, i, o: up.append(i[1]))
-    model(noise(1, 1, 32, 32), torch.tensor([5]))
-    assert [x.shape[-1] for x in down] == [32, 16, 8]
-    assert all(a is b for a, b in zip(up, reversed(down)))
+def test_a_skip_is_added():
+    """Catches: skips that are not joined, or after a block or attention."""
     below, skip = noise(1, 512, 4, 4), noise(1, 128, 8, 8, seed=1)
     level = ddpm.UNet().up[0]  # a new one, whose attention and blocks pass on their input
     joined, alone = (level(below, s, noise(1, 128)) for s in (skip, 0 * skip))
-    assert torch.allclose(joined - alone, skip, atol=1e-5), "what is joined is not the skip"
+    assert torch.allclose(joined - alone, skip, atol=1e-5)
 
 
 def test_the_guess_is_the_same_in_bfloat16_and_compiled(monkeypatch):
@@ -337,11 +327,6 @@ def x_0_of(x_t, t, eps):
     """Eq. 4 solved for x_0, in float64."""
     a = ALPHA_BAR[t]
     return (x_t.double() - math.sqrt(1 - a) * eps.double()) / math.sqrt(a)
-
-
-def last(stops):
-    *_, (_, x, _) = stops
-    return x
 
 
 def test_algorithm_2_is_eq_7_with_the_predicted_x_0():
@@ -391,24 +376,6 @@ def test_both_ends_of_the_schedule_are_visited():
         assert steps == 1 or (gaps.min() >= 1 and np.ptp(gaps) <= 1)
 
 
-def test_the_perfect_network_gives_the_distribution_back():
-    """Catches: nearly any mistake in the reverse process."""
-
-    def best(x, t):  # if every pixel is +1 with probability 0.3 and else -1: by Bayes' rule
-        a, n = SCHEDULE.alpha_bar[t[0]], SCHEDULE.one_minus_alpha_bar[t[0]]
-        log_odds = math.log(0.3 / 0.7) + 2 * a.sqrt() * x / n
-        return (x - a.sqrt() * (2 * log_odds.sigmoid() - 1)) / n.sqrt()
-
-    x_T = noise(10, 1, 32, 32)
-    for stops in (
-        ddpm.algorithm_2(best, SCHEDULE, x_T, seeded(1)),
-        ddpm.ddim(best, SCHEDULE, x_T, 100, 1, seeded(1)),
-    ):
-        x = last(stops)
-        assert (x > 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
-        assert (x.abs() - 1).abs().max() < 0.05
-
-
 def test_one_pixel_is_bayes_rule_and_ends_at_minus_or_plus_one():
     """Catches: a wrong tanh; a walk that ends elsewhere, fresh noise missing or too much."""
     model, x = ddpm.one_pixel(SCHEDULE), np.linspace(-3, 3, 61)
@@ -426,7 +393,7 @@ def test_one_pixel_is_bayes_rule_and_ends_at_minus_or_plus_one():
         (ddpm.ddim(model, SCHEDULE, x_T, T, 1.0, seeded(1)), half),
         (ddpm.ddim(model, SCHEDULE, x_T, T, 0.0), 1),
     ):
-        x = last(stops)
+        *_, (_, x, _) = stops
         assert (x.abs() - 1).abs().max() < 1e-2 and (x > 0).float().mean().item() == half
         assert ((x > 0) == (x_T > 0)).float().mean().item() == on_the_side_of_x_T
 
@@ -461,10 +428,12 @@ def test_times_are_the_mean_of_two_uniform_draws_and_every_16th_is_uniform():
         assert abs(chi_square - (T - 1)) < 4 * math.sqrt(2 * (T - 1))
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("shape", [(6, 4, 3, 3), (40, 4, 3, 3), (9, 5), (5, 9)])
-def test_muon_by_hand(shape, monkeypatch):
-    """Catches: a tall matrix taken for a wide one, a lost momentum, a rate of the wrong kind."""
-    monkeypatch.setattr(ddpm, "fast_bfloat16", lambda device: False)
+def test_muon_by_hand(shape, fast, monkeypatch):
+    """Catches: a tall matrix taken for a wide one, a lost momentum, a rate of the wrong kind, a
+    wrong coefficient, too few rounds, a precision that is not enough."""
+    monkeypatch.setattr(ddpm, "fast_bfloat16", lambda device: fast)
     p = torch.nn.Parameter(torch.zeros(shape))
     muon, average, want = train.Muon([p], {"lr": 1e-3}), 0, 0
     for step in range(1, 8):
@@ -477,7 +446,7 @@ def test_muon_by_hand(shape, monkeypatch):
         for _ in range(3):
             lengths = 3.4445 * lengths - 4.775 * lengths**3 + 2.0315 * lengths**5
         want = want - 1e-3 * math.sqrt(max(x.shape)) * (u * lengths @ v).view(shape)
-        assert torch.allclose(p.double(), want, rtol=0, atol=1e-6), step
+        assert torch.allclose(p.double(), want, rtol=0, atol=5e-4 if fast else 1e-6), step
 
 
 def test_muon_gets_the_matrices_and_adam_the_rest():
@@ -491,19 +460,6 @@ def test_muon_gets_the_matrices_and_adam_the_rest():
     assert groups[0].isdisjoint(groups[1]) and groups[0] | groups[1] == {*model.parameters()}
     weights = {p for p in model.parameters() if p.ndim > 1}
     assert groups[0] == weights - {model.stem.weight, model.out.weight}
-
-
-@pytest.mark.parametrize("fast", [False, True])
-def test_orthogonal_makes_all_lengths_about_one(fast, monkeypatch):
-    """Catches: a wrong coefficient, too few rounds, a precision that is not enough."""
-    monkeypatch.setattr(ddpm, "fast_bfloat16", lambda device: fast)
-    u, _, v = torch.linalg.svd(noise(8, 30), full_matrices=False)
-    matrix = u * torch.linspace(0.1, 2, 8) @ v
-    x = train.orthogonal(1000 * matrix)
-    assert x.dtype == torch.float32 and torch.allclose(x, train.orthogonal(matrix), atol=0.02)
-    lengths = torch.linalg.svdvals(x)
-    assert lengths.min() > 0.6 and lengths.max() < 1.3 and (u.T @ x @ v.T).diagonal().min() > 0.6
-    assert torch.equal(train.orthogonal(0 * matrix), 0 * matrix)
 
 
 def test_mirror_gives_all_eight_mirror_images_alike():
@@ -686,6 +642,7 @@ def test_training_leaves_what_it_promises(tiny, tmp_path, capsys):
     state, best = run_train(tmp_path, "--epochs=1"), read(tmp_path / "best.pt")
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {"latest.pt", "best.pt", "loss.png", "samples_0001.png", "logs"}
+    assert len([*tmp_path.glob("logs/a_run/events*")]) == 1
     for_sampling = {"config", "flags", "name", "epoch", "history", "ema"}
     assert {*state} == for_sampling | {"optimizers", "model"} and {*best} == for_sampling
     assert {p.dtype for p in best["ema"].values()} == {torch.float16}
@@ -698,13 +655,6 @@ def test_training_leaves_what_it_promises(tiny, tmp_path, capsys):
     assert losses == {row["validation"]}
     out = capsys.readouterr().out
     assert "cpu, bfloat16" in out and f"validation {round(row['validation'], 4)}" in out
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    (run,) = (tmp_path / "logs").iterdir()
-    events = EventAccumulator(str(run)).Reload()
-    for key, value in row.items():
-        (event,) = events.Scalars(key)
-        assert event.step == 1 and event.value == pytest.approx(value)
 
 
 def test_sampling_from_the_command_line(tiny, tmp_path, monkeypatch, capsys):
@@ -726,12 +676,7 @@ def test_sampling_from_the_command_line(tiny, tmp_path, monkeypatch, capsys):
     assert re.search(r"other real pictures +100.0%", out)
     for flag in ("--explain", "--show-process", "--process"):
         run(flag, "--steps=5")
-    for name, start in {
-        "explained.png": b"\x89PNG",
-        "process.png": b"\x89PNG",
-        "process.gif": b"GIF8",
-    }.items():
-        assert (tmp_path / name).read_bytes()[:4] == start
+    assert {"explained.png", "process.png", "process.gif"} <= {p.name for p in tmp_path.iterdir()}
     args = [sample.parse(words) for words in ([], ["--process"], ["--score"])]
     assert [(a.n, a.steps, a.eta) for a in args] == [(16, T, 1), (4, T, 1), (500, 50, 1)]
     used = []
@@ -765,8 +710,6 @@ def test_the_scripts_in_processes_of_their_own(tmp_path):
 
 # Starts train.py in a process of its own, with a small network.
 TINY = f"""
-import sys
-sys.path.insert(0, {str(HERE)!r})
 import ddpm, train
 ddpm.UNet.__init__.__defaults__ = {SMALL}
 train.VALIDATION, train.PICTURES, train.STEPS = 32, 2, 2
@@ -790,7 +733,8 @@ def test_stopped_at_any_moment_the_last_epoch_is_kept(tiny, tmp_path):
         before = {path: path.read_bytes() for path in folder.glob("*")}
         with log.open("w") as file:
             words = [sys.executable, "-c", TINY, "--device=cpu", *flags]
-            options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONUNBUFFERED": ""}}
+            env = {**os.environ, "PYTHONUNBUFFERED": "", "PYTHONPATH": str(HERE)}
+            options = {"cwd": tmp_path, "env": env}
             process = subprocess.Popen(words, **options, stdout=file, stderr=subprocess.PIPE)
         deadline = time.time() + 120
         while not enough(log.read_text()):

@@ -64,8 +64,8 @@ def parse(argv):
         flags.error("--n must be from 1 to 10000, with --process from 1 to 16")
     if not 1 <= args.steps <= ddpm.T or not 0 <= args.eta <= 1:
         flags.error("--steps must be from 1 to 1000, --eta from 0 to 1")
-    if args.output.suffix.lower() != ".png":
-        flags.error("--output must end in .png")
+    if args.output.suffix.lower() != ".png" or not args.output.parent.is_dir():
+        flags.error("--output must end in .png, and its folder must be there")
     return args
 
 

@@ -809,7 +809,7 @@ BAD = {
         --samples 64 --checkpoints a_file, --samples 64 --logs a_file/logs""",
     "sample.py": """--steps 0, --steps 1001, --n 0, --process --n 33, --checkpoint nothing.pt,
         --checkpoint a_file, --checkpoint ., --output picture.docx, --eta 2,
-        --steps 1 --output nowhere/x.png""",
+        --output nowhere/x.png""",
 }
 COMMANDS = [(name, flags.split()) for name, text in BAD.items() for flags in text.split(",")]
 

@@ -62,8 +62,10 @@ def parse(argv):
         args = flags.parse_args(argv)
         if {**saved["flags"], "epochs": args.epochs} != {key: getattr(args, key) for key in SAVED}:
             flags.error(f"with --resume only --epochs can change, of {saved['flags']}")
-    if not (1 <= args.batch_size <= args.samples and args.epochs > 0 and args.lr > 0 <= args.seed):
-        flags.error("--batch-size is from 1 to --samples, the others are above 0 (--seed may be 0)")
+    if not 1 <= args.batch_size <= args.samples:
+        flags.error("--batch-size must be from 1 to --samples")
+    if not (args.epochs > 0 and args.lr > 0 and args.seed >= 0):
+        flags.error("--epochs and --lr must be above 0, --seed not below")
     return args, saved
 
 
@@ -83,8 +85,8 @@ class Muon(torch.optim.Optimizer):
     """BEYOND THE PAPER, which takes Adam: an optimizer for matrices (Jordan et al. 2024,
     kellerjordan.github.io/posts/muon). lr: about the root mean square of a step.
 
-    The gradient of a matrix is large in a few directions and small in most. Adam scales each number
-    on its own, so a few directions still win. Muon moves about equally far in all of them.
+    The gradient of a matrix is large in a few directions and small in most, and Adam, which scales
+    each number on its own, leaves it so. Muon moves about equally far in all directions.
     """
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ little less noise, and after a thousand of them there is a picture.
     x_0  ->  x_1  ->  x_2  ->  ...  ->  x_T      forward process q: fixed, adds noise
     x_0  <-  x_1  <-  x_2  <-  ...  <-  x_T      reverse process p: learned, removes noise
 
-That is two algorithms. This file explains their letters and writes them in PyTorch:
+That is two algorithms. Sections 1 to 3 explain their letters and write them in PyTorch:
 
     Algorithm 1: training                      Algorithm 2: sampling
     1  repeat                                  1  x_T ~ N(0, I)
@@ -83,7 +83,7 @@ from torch import nn
 # a straight line. A parabola plus a line is a parabola, so q(x_{t-1} | x_t) is almost a Gaussian.
 # This holds for any data, also for pixels with two values: each step is a Gaussian, but what a
 # thousand of them lead to need not be one (section 4). In the last few steps (t near 1) this fails,
-# but there x_t leaves hardly any doubt about x_0, so the mean is enough.
+# but there x_t leaves hardly any doubt about x_0, so a right mean is enough.
 
 T = 1000
 
@@ -115,7 +115,7 @@ class Schedule:
 def q_sample(schedule, x_0, t, eps):
     """Draws x_t from q(x_t | x_0), Eq. 4: float (B, 1, H, W).
 
-    x_0: float (B, 1, H, W) in [-1, 1]. t: int64 (B,), in 0..T. eps: standard normal, as many.
+    x_0: float (B, 1, H, W) in [-1, 1]. t: int64 (B,), in 0..T. eps: standard normal, same shape.
     """
     signal, noise = schedule.signal_and_noise(t)
     return signal * x_0 + noise * eps
@@ -199,6 +199,7 @@ def draw_t(n, generator, device="cpu"):
 #     mu = [ sqrt(alpha_bar_{t-1}) beta_t x_0
 #          + sqrt(alpha_t) (1 - alpha_bar_{t-1}) x_t ] / (1 - alpha_bar_t)                   (Eq. 7)
 #     beta_tilde_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
+#     since beta_t + alpha_t (1 - alpha_bar_{t-1}) = 1 - alpha_bar_t
 #
 # We do not know x_0, but the network guesses the mean of all x_0 that fit x_t. mu is linear in x_0,
 # so with this mean for x_0 it is the mean of x_{t-1}. To write mu with eps, put x_0 of Eq. 4 into
@@ -208,7 +209,6 @@ def draw_t(n, generator, device="cpu"):
 #                     = - beta_t / sqrt(1 - alpha_bar_t) / sqrt(alpha_t)
 #     factor of x_t:  [ beta_t / sqrt(alpha_t) + sqrt(alpha_t) (1 - alpha_bar_{t-1}) ]
 #                     / (1 - alpha_bar_t) = 1 / sqrt(alpha_t)
-#                     since beta_t + alpha_t (1 - alpha_bar_{t-1}) = 1 - alpha_bar_t
 #
 #     mu = (x_t - beta_t / sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_t)                       (Eq. 11)
 #
@@ -265,7 +265,7 @@ def one_pixel(schedule):
 
 
 # Put into Algorithm 2, it leads every walk to -1 or +1, half of them to each. `python ddpm.py`
-# draws forty walks, pixel.png: a bundle that splits in two. So a thousand Gaussian steps can end in
+# draws forty walks (pixel.png, left): a bundle that splits in two. So a thousand Gaussian steps can end in
 # two values, because the mean of a step, with its tanh, is not linear in x_t.
 #
 # What decides, when both values fit x_t? The fresh noise z. The guess is near 0 and favours
@@ -288,11 +288,11 @@ def one_pixel(schedule):
 #     epoch 10   0.0001  0.0003  0.0011   0.009   0.099    0.32    0.50    0.62
 #     epoch 100 0.00003 0.00004  0.0002   0.004   0.085    0.31    0.48    0.55
 #
-# From 500 on little changes: what is left is probably doubt. Up to 400 the error falls to less than
-# half, and right pictures rise from 86 to 97 %, and the training loss falls from 0.0052 to 0.0036.
+# From 500 on little changes: what is left is probably doubt. Up to 400 the error halves, and right
+# pictures (no pixel wrong) rise from 86 to 97 %. The training loss falls from 0.0052 to 0.0036.
 #
 # Could one start later, with pure noise at t = 500? No: it lacks the 0.28 x_0 of a true x_500, and
-# the network finds shapes by chance: of 200 pictures half were right, most of these with three.
+# the network finds shapes by chance: of 200 pictures half were right, most with 3 shapes.
 
 # ==== 5. Fewer steps ==============================================================================
 #
@@ -354,9 +354,9 @@ def ddim(model, schedule, x_T, steps, eta=1.0, generator=None):
 #
 #     q(x_1, ..., x_T | x_0) = q(x_T | x_0) q(x_{T-1} | x_T, x_0) ... q(x_1 | x_2, x_0)
 #
-# with posteriors as in section 3. Now each factor of q has its counterpart in p, only p(x_0 | x_1)
-# has none, and the logarithm makes a sum of them. KL(q || p), the mean of log q - log p over q,
-# measures how far p is from q:
+# with posteriors as in section 3. Now each factor of q pairs with one of p, and p(x_0 | x_1) is left
+# over. The logarithm makes a sum of them. KL(q || p), the mean of log q - log p over q, measures how
+# far p is from q:
 #
 #     L = E [ KL(q(x_T | x_0) || p(x_T))                                L_T: nothing to learn
 #             + sum over t > 1 of
@@ -371,10 +371,10 @@ def ddim(model, schedule, x_T, steps, eta=1.0, generator=None):
 #     w_t     = beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t))
 #             = beta_t / (2 alpha_t (1 - alpha_bar_{t-1}))              for sigma_t^2 = beta_tilde_t
 #
-# And t = 1? Pixel values are discrete, so L_0 is -log of the probability of a bin around the true
-# value, 2 / 255 wide or, at -1 and +1, open to one side, under N(mu_theta(x_1, 1), beta_1 I), as
-# beta_tilde_1 is 0 (Eq. 13). Take the density times a width instead (a rough approximation; Ho,
-# Section 3.4). Then L_0, too, is a squared error of the mean, and by Eq. 11 one of eps.
+# And t = 1? Ho's pixels have 256 values. L_0 is -log of the probability of a bin around the true one,
+# 2 / 255 wide (at -1 and +1 open to one side), under N(mu_theta(x_1, 1), beta_1 I), as beta_tilde_1
+# is 0 (Eq. 13). Take the density times a width instead (a rough approximation; Ho, Section 3.4).
+# Then L_0, too, is a squared error of the mean, and by Eq. 11 one of eps.
 #
 # So every term is a squared error of eps, times a factor. Eq. 14 drops the factors. At each t the
 # best guess is the same: the factors only say where to try hardest. w_t falls from 0.6 at t = 2 to
@@ -498,7 +498,7 @@ class Up(nn.Module):
 #
 #     32x32  stem -- down ------------------------------- up -- out
 #     16x16            down ----------------------- up
-#      8x8               down --------------- up (three blocks: shapes lie on this grid)
+#      8x8               down --------------- up (three blocks: all shapes start on this grid)
 #      4x4                  middle (512 channels)
 #
 # The bottom tells what is in the picture, the skips exactly where. This is no question of size: the
@@ -600,10 +600,10 @@ def load(path):
 # Colour: 3 channels in x_T, `stem` and `out`, and pictures (B, 3, 32, 32) in [-1, 1].
 # Another schedule: `beta` in Schedule. For the cosine schedule (Nichol & Dhariwal 2021, arXiv
 #   2102.09672, Eq. 17) alpha_bar_t = f(t) / f(0), f(t) = cos((t / T + 0.008) / 1.008 * pi / 2)^2;
-#   beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.1.
-# "A triangle, please": class conditioning. A vector for each kind, nn.Embedding(4 + 1, time_dim),
-#   is added to `time` in UNet.forward. A tenth of the pictures gets the fifth, "any kind". Sample
-#   with eps_any + w (eps_kind - eps_any), w > 1, which exaggerates what the kind changes:
+#   beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.1 (theirs: 0.999).
+# "A triangle, please": class conditioning. nn.Embedding(4 + 1, time_dim) has a vector for each kind
+#   and one for "any": several kinds, or a tenth of the rest. It is added to `time` in UNet.forward.
+#   Sample with eps_any + w (eps_kind - eps_any), w > 1, which exaggerates what the kind changes:
 #   classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).
 
 # ==== Look at it: python ddpm.py ==================================================================

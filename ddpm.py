@@ -264,9 +264,9 @@ def one_pixel(schedule):
     return perfect
 
 
-# Put into Algorithm 2, it leads every walk to -1 or +1, half of them to each. `python ddpm.py`
-# draws forty walks (pixel.png, left): a bundle that splits in two. So a thousand Gaussian steps can end in
-# two values, because the mean of a step, with its tanh, is not linear in x_t.
+# Put into Algorithm 2, it leads every walk to -1 or +1, half of them to each. `python ddpm.py` draws
+# forty walks (pixel.png, left): a bundle that splits in two. So a thousand Gaussian steps can end
+# in two values, because the mean of a step, with its tanh, is not linear in x_t.
 #
 # What decides, when both values fit x_t? The fresh noise z. The guess is near 0 and favours
 # neither. By chance z moves x_t to one side, and the guess follows. Of 4,000 walks 50 % end on the
@@ -288,8 +288,8 @@ def one_pixel(schedule):
 #     epoch 10   0.0001  0.0003  0.0011   0.009   0.099    0.32    0.50    0.62
 #     epoch 100 0.00003 0.00004  0.0002   0.004   0.085    0.31    0.48    0.55
 #
-# From 500 on little changes: what is left is probably doubt. Up to 400 the error halves, and right
-# pictures (no pixel wrong) rise from 86 to 97 %. The training loss falls from 0.0052 to 0.0036.
+# From 500 on little changes: what is left is probably doubt. Up to 400 the error at least halves.
+# Right pictures (no pixel wrong) rise from 86 to 97 %. The training loss falls from 0.0052 to 0.0036.
 #
 # Could one start later, with pure noise at t = 500? No: it lacks the 0.28 x_0 of a true x_500, and
 # the network finds shapes by chance: of 200 pictures half were right, most with 3 shapes.
@@ -354,9 +354,9 @@ def ddim(model, schedule, x_T, steps, eta=1.0, generator=None):
 #
 #     q(x_1, ..., x_T | x_0) = q(x_T | x_0) q(x_{T-1} | x_T, x_0) ... q(x_1 | x_2, x_0)
 #
-# with posteriors as in section 3. Now each factor of q pairs with one of p, and p(x_0 | x_1) is left
-# over. The logarithm makes a sum of them. KL(q || p), the mean of log q - log p over q, measures how
-# far p is from q:
+# with posteriors as in section 3. Now each factor of q pairs with one of p, and p(x_0 | x_1) is
+# left over. The logarithm makes a sum of them. KL(q || p), the mean of log q - log p over q,
+# measures how far p is from q:
 #
 #     L = E [ KL(q(x_T | x_0) || p(x_T))                                L_T: nothing to learn
 #             + sum over t > 1 of
@@ -371,10 +371,10 @@ def ddim(model, schedule, x_T, steps, eta=1.0, generator=None):
 #     w_t     = beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t))
 #             = beta_t / (2 alpha_t (1 - alpha_bar_{t-1}))              for sigma_t^2 = beta_tilde_t
 #
-# And t = 1? Ho's pixels have 256 values. L_0 is -log of the probability of a bin around the true one,
-# 2 / 255 wide (at -1 and +1 open to one side), under N(mu_theta(x_1, 1), beta_1 I), as beta_tilde_1
-# is 0 (Eq. 13). Take the density times a width instead (a rough approximation; Ho, Section 3.4).
-# Then L_0, too, is a squared error of the mean, and by Eq. 11 one of eps.
+# And t = 1? Ho's pixels have 256 values. L_0 is -log of the probability of a bin around the true
+# one, 2 / 255 wide (at -1 and +1 open to one side), under N(mu_theta(x_1, 1), beta_1 I), as
+# beta_tilde_1 is 0 (Eq. 13). Take the density times a width instead (a rough approximation; Ho,
+# Section 3.4). Then L_0, too, is a squared error of the mean, and by Eq. 11 one of eps.
 #
 # So every term is a squared error of eps, times a factor. Eq. 14 drops the factors. At each t the
 # best guess is the same: the factors only say where to try hardest. w_t falls from 0.6 at t = 2 to

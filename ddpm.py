@@ -264,9 +264,9 @@ def one_pixel(schedule):
     return perfect
 
 
-# Put into Algorithm 2, it leads every walk to -1 or +1, half of them to each. `python ddpm.py` draws
-# forty walks (pixel.png, left): a bundle that splits in two. So a thousand Gaussian steps can end
-# in two values, because the mean of a step, with its tanh, is not linear in x_t.
+# Put into Algorithm 2, it leads every walk to -1 or +1, half of them to each. `python ddpm.py`
+# draws forty (pixel.png, left): a bundle that splits in two. So a thousand Gaussian steps end in
+# two values, because the mean of a step, with its tanh, is not linear in x_t.
 #
 # What decides, when both values fit x_t? The fresh noise z. The guess is near 0 and favours
 # neither. By chance z moves x_t to one side, and the guess follows. Of 4,000 walks 50 % end on the
@@ -289,7 +289,7 @@ def one_pixel(schedule):
 #     epoch 100 0.00003 0.00004  0.0002   0.004   0.085    0.31    0.48    0.55
 #
 # From 500 on little changes: what is left is probably doubt. Up to 400 the error at least halves.
-# Right pictures (no pixel wrong) rise from 86 to 97 %. The training loss falls from 0.0052 to 0.0036.
+# Right pictures (no wrong pixel) rise from 86 to 97 %, the training loss falls from 0.0052 to 0.0036.
 #
 # Could one start later, with pure noise at t = 500? No: it lacks the 0.28 x_0 of a true x_500, and
 # the network finds shapes by chance: of 200 pictures half were right, most with 3 shapes.

@@ -289,7 +289,7 @@ def one_pixel(schedule):
 #     epoch 100 0.00003 0.00004  0.0002   0.004   0.085    0.31    0.48    0.55
 #
 # From 500 on little changes: what is left is probably doubt. Up to 400 the error at least halves.
-# Right pictures (no wrong pixel) rise from 86 to 97 %, the training loss falls from 0.0052 to 0.0036.
+# Right pictures (no wrong pixel) rise from 86 to 97 %, the loss falls from 0.0052 to 0.0036.
 #
 # Could one start later, with pure noise at t = 500? No: it lacks the 0.28 x_0 of a true x_500, and
 # the network finds shapes by chance: of 200 pictures half were right, most with 3 shapes.

@@ -83,7 +83,7 @@ from torch import nn
 # a straight line. A parabola plus a line is a parabola, so q(x_{t-1} | x_t) is almost a Gaussian.
 # This holds for any data, also for pixels with two values: each step is a Gaussian, but what a
 # thousand of them lead to need not be one (section 4). In the last few steps (t near 1) this fails,
-# but there x_t leaves hardly any doubt about x_0, so a right mean is enough.
+# but there x_t leaves little doubt about x_0, and given x_0 it is a Gaussian (section 3).
 
 T = 1000
 
@@ -148,8 +148,8 @@ def loss_fn(model, schedule, x_0, t, eps):
 
 
 # Its gradient is line 5 of Algorithm 1; the whole loop is `train_epoch` in train.py. There, samples
-# come from a moving average of the weights, because single gradients are noisy. Gradients are taken
-# at the raw weights: the average lags by many steps, so its gradient would be out of date.
+# come from a moving average of the weights, as noisy gradients shake them. Gradients are taken at
+# the raw weights: the average lags by many steps, so its gradient would be out of date.
 #
 # Which guess has the least squared error? Many pictures fit the same x_t. Let E be the mean over
 # them, weighted by how well they fit, and m = E x_0. A guess c of x_0 has the error
@@ -281,7 +281,7 @@ def one_pixel(schedule):
 # At small t the pixel can be seen, and both errors are small. At large t it cannot: the guess is 0
 # and its squared error 1. But x_t is then almost nothing but eps, so eps is easy: the least
 # possible loss at T is 1 times the signal-to-noise ratio, 0.00004. In between the pixel is decided,
-# and the loss is largest. In a picture many pixels agree, so it is decided at larger t. Here is the
+# and the loss is largest. The pixels of a shape agree, so it is decided at larger t. Here is the
 # error of x_0 of the supplied network after 10 and after 100 epochs (sample.py --score):
 #
 #     t               2     100     300     400     500     600     700     800
@@ -306,7 +306,7 @@ def one_pixel(schedule):
 #     x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z
 #     sigma = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)
 #
-# With eta = 1 and s = t - 1, sigma^2 is beta_tilde_t: Algorithm 2 again, but for the clip. With
+# With eta = 1 and s = t - 1, sigma^2 is beta_tilde_t: Algorithm 2 (without a clip). With
 # eta = 0 nothing is random after x_T: all one-pixel walks end on the side where they began.
 #
 # Below, the guess of x_0 is clipped to [-1, 1]. Why? To get it, predict_x_0 divides by
@@ -498,7 +498,7 @@ class Up(nn.Module):
 #
 #     32x32  stem -- down ------------------------------- up -- out
 #     16x16            down ----------------------- up
-#      8x8               down --------------- up (three blocks: all shapes start on this grid)
+#      8x8               down --------------- up (three blocks: corners of shapes lie on this grid)
 #      4x4                  middle (512 channels)
 #
 # The bottom tells what is in the picture, the skips exactly where. This is no question of size: the
@@ -520,7 +520,7 @@ def fast_bfloat16(device):
 
 class UNet(nn.Module):
     """The network. channels: at 32x32, 16x16 and 8x8. bottleneck: at 4x4. narrow: inside the blocks
-    and the attention there, as 512 to 512 channels would take 2.4 million weights. time_dim: of the
+    and the attention there, as one conv from 512 to 512 has 2.4 million weights. time_dim: of the
     time vector, even. All numbers of channels are multiples of 8 and, above 32, of 32.
     """
 
@@ -602,7 +602,7 @@ def load(path):
 #   2102.09672, Eq. 17) alpha_bar_t = f(t) / f(0), f(t) = cos((t / T + 0.008) / 1.008 * pi / 2)^2;
 #   beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.1 (theirs: 0.999).
 # "A triangle, please": class conditioning. nn.Embedding(4 + 1, time_dim) has a vector for each kind
-#   and one for "any": several kinds, or a tenth of the rest. It is added to `time` in UNet.forward.
+#   and one for "any": mixed pictures, and a tenth of the rest. Add it to `time` in UNet.forward.
 #   Sample with eps_any + w (eps_kind - eps_any), w > 1, which exaggerates what the kind changes:
 #   classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).
 

@@ -25,13 +25,15 @@ image = (
 @app.function(image=image, gpu="A100", volumes={FOLDER: volume}, timeout=24 * 3600, retries=3)
 def train_in_cloud(flags, name, folder=FOLDER):
     """Runs train.py with these flags, a list of words. name: tells this run from others."""
-    import ddpm
+    import torch
+
     import train
 
     latest = Path(folder) / "latest.pt"
     try:
         # After an interruption Modal calls this again; then the volume holds this very run.
-        if latest.exists() and ddpm.load(latest)[0]["name"] == name:
+        last = torch.load(latest, map_location="cpu", weights_only=True) if latest.exists() else {}
+        if last.get("name") == name:
             flags = [*flags, "--resume"]
         args, saved = train.parse([*flags, "--checkpoints", folder, "--logs", f"{folder}/logs"])
         train.train(args, saved, name, volume.commit)

@@ -155,12 +155,13 @@ def main():
         print_score(x, state["flags"])
         print_loss_by_t(model, schedule, state["flags"])
         return
-    grid = shapes.tile(shapes.from_model(x), columns=8 if args.n <= 16 else 16)
-    if args.explain:
-        grid = shapes.tile(shapes.coloured((x[:, 0] > 0).numpy()))
     if args.process:
         save_process(args.output, stops)
+    elif args.explain:
+        grid = shapes.tile(shapes.coloured((x[:, 0] > 0).numpy()))
+        shapes.to_image(grid).save(args.output)
     else:
+        grid = shapes.tile(shapes.from_model(x), columns=8 if args.n <= 16 else 16)
         shapes.to_image(grid).save(args.output)
     print(f"saved {args.output}")
 

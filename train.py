@@ -64,8 +64,8 @@ def parse(argv):
             flags.error(f"with --resume only --epochs can change, of {saved['flags']}")
     if not 1 <= args.batch_size <= args.samples:
         flags.error("--batch-size must be from 1 to --samples")
-    if not (args.epochs > 0 and args.lr > 0 and args.seed >= 0):
-        flags.error("--epochs and --lr must be above 0, --seed not below")
+    if args.epochs < 1 or not 0 < args.lr < math.inf or not 0 <= args.seed < 2**32:
+        flags.error("--epochs and --lr must be above 0, --seed from 0 to 4294967295")
     return args, saved
 
 
@@ -168,9 +168,9 @@ def train_epoch(model, average, optimizers, schedule, data, args, epoch):
     generator = torch.Generator(data.device).manual_seed(seed)
     order = torch.randperm(len(data), generator=generator, device=data.device)
     batches = order.split(args.batch_size)[: len(data) // args.batch_size]  # only full ones
-    step, losses = (epoch - 1) * len(batches), []
-    for batch in tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=None):
-        step += 1
+    bar = tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=None)
+    losses = []
+    for step, batch in enumerate(bar, start=(epoch - 1) * len(batches) + 1):
         x_0 = shapes.mirror(data[batch], generator)  # (B, 1, 32, 32)
         t = ddpm.draw_t(len(x_0), generator, x_0.device)  # (B,)
         eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
@@ -191,9 +191,9 @@ def draw_samples(path, average, schedule):
     """Saves a grid of samples, always from the same noise. Returns the share of right ones."""
     generator = torch.Generator().manual_seed(0)
     x_T = torch.randn(PICTURES, 1, 32, 32, generator=generator).to(schedule.beta.device)
-    *_, (_, x, _) = ddpm.ddim(average, schedule, x_T, STEPS, generator=generator)
-    shapes.to_image(shapes.tile(shapes.from_model(x.cpu()), columns=16)).save(path)
-    return shapes.score(x.cpu())["right"]
+    x = list(ddpm.ddim(average, schedule, x_T, STEPS, generator=generator))[-1][1].cpu()
+    shapes.to_image(shapes.tile(shapes.from_model(x), columns=16)).save(path)
+    return shapes.score(x)["right"]
 
 
 def train(args, saved, name, after_epoch=lambda: None):

@@ -1,7 +1,6 @@
-"""Trains on a cloud GPU: modal run modal_train.py --epochs 200 --batch-size 128
+"""Trains on an A100 at modal.com: modal run modal_train.py, with the flags of train.py.
 
-This is train.py, with its flags, on an A100 at modal.com. The volume diffusion-checkpoints takes
-the place of checkpoints/. With modal run --detach your machine may be switched off meanwhile.
+With modal run --detach your machine may be switched off meanwhile.
 """
 
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import modal
 
-FOLDER = "/checkpoints"  # where the volume appears in the cloud
+FOLDER = "/checkpoints"  # where the volume with the checkpoints appears in the cloud
 
 app = modal.App("toy-diffusion")
 volume = modal.Volume.from_name("diffusion-checkpoints", create_if_missing=True)
@@ -35,8 +34,7 @@ def train_in_cloud(flags, name, folder=FOLDER):
         last = torch.load(latest, map_location="cpu", weights_only=True) if latest.exists() else {}
         if last.get("name") == name:
             flags = [*flags, "--resume"]
-        args, saved = train.parse([*flags, "--checkpoints", folder, "--logs", f"{folder}/logs"])
-        train.train(args, saved, name, volume.commit)
+        train.train(*train.parse([*flags, "--checkpoints", folder]), name)
     except SystemExit as stop:  # a wrong flag, for example: Modal need not try again
         return stop.code
 

@@ -1,8 +1,7 @@
 """Trains the diffusion model: python train.py, on CUDA, on MPS or on a CPU.
 
-Every epoch it writes checkpoints/latest.pt (all that --resume needs), loss.png and, if the
-validation loss is the lowest so far, best.pt (what sample.py needs); every five epochs, and after
-the last, a grid of samples. TensorBoard shows the curves: tensorboard --logdir logs
+Every epoch it writes into checkpoints/: latest.pt (all that --resume needs), best.pt (of the lowest
+validation loss, for sample.py), loss.png; every five epochs also a grid of samples.
 """
 
 import argparse
@@ -27,17 +26,14 @@ import shapes
 ADAM_RATE = 1.6e-3  # peak rate of Adam, for biases, norms, and the first and last layer
 WARMUP = 100  # steps in which the rates rise from 0: the first gradients say little
 DECAY_FROM = 1000  # BEYOND THE PAPER: after so many steps the rates fall as 1 / sqrt(step)
-CLIP = 1.0  # the largest norm of a gradient, all weights together
-EMA_DECAY = 0.9995  # the average is over about the last 1 / (1 - 0.9995) = 2000 steps
 SAMPLE_EVERY = 5  # epochs between two grids of samples
 PICTURES, STEPS = 64, 20  # samples of a grid, and the sampling steps for it
-VALIDATION = 512  # pictures for the validation loss
 SAVED = ("epochs", "samples", "batch_size", "lr", "seed")  # the flags that a checkpoint keeps
 
 
-def parser():
-    show_defaults = argparse.ArgumentDefaultsHelpFormatter
-    p = argparse.ArgumentParser(description="Train on pictures.", formatter_class=show_defaults)
+def parse(argv):
+    """Returns (args, checkpoint or None). With --resume, what is not given comes from latest.pt."""
+    p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--epochs", type=int, default=100, help="passes over the training pictures")
     p.add_argument("--samples", type=int, default=10_000, help="training pictures to draw")
     p.add_argument("--batch-size", type=int, default=64, help="training pictures per step")
@@ -48,45 +44,26 @@ def parser():
     there = ddpm.devices()
     p.add_argument("--device", choices=there, default=there[0], help="where to compute")
     p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where to save")
-    p.add_argument("--logs", default="logs", metavar="DIR", help="where TensorBoard looks")
-    return p
-
-
-def parse(argv):
-    """Returns (args, checkpoint or None). With --resume, what is not given comes from latest.pt."""
-    flags, saved = parser(), None
-    args = flags.parse_args(argv)
+    args, saved = p.parse_args(argv), None
     if args.resume:
         saved, _ = ddpm.load(Path(args.checkpoints) / "latest.pt")
-        flags.set_defaults(**saved["flags"])
-        args = flags.parse_args(argv)
-        if {**saved["flags"], "epochs": args.epochs} != {key: getattr(args, key) for key in SAVED}:
-            flags.error(f"with --resume only --epochs can change, of {saved['flags']}")
+        p.set_defaults(**saved["flags"])
+        args = p.parse_args(argv)
+        if any(getattr(args, key) != saved["flags"][key] for key in SAVED[1:]):
+            p.error(f"with --resume only --epochs can change, of {saved['flags']}")
     if not 1 <= args.batch_size <= args.samples:
-        flags.error("--batch-size must be from 1 to --samples")
+        p.error("--batch-size must be from 1 to --samples")
     if args.epochs < 1 or not 0 < args.lr < math.inf or not 0 <= args.seed < 2**32:
-        flags.error("--epochs and --lr must be above 0, --seed from 0 to 4294967295")
+        p.error("--epochs and --lr must be above 0, --seed from 0 to 4294967295")
     return args, saved
 
 
-def orthogonal(x):
-    """About U V^T, if the matrix x is U S V^T: three rounds of a polynomial move its singular
-    values, at most 1 after the division, to 0.65 ... 1.25, unless they are below 0.03."""
-    x = x / (x.norm() + 1e-7)
-    if ddpm.fast_bfloat16(x.device.type):
-        x = x.bfloat16()
-    for _ in range(3):
-        square = x @ x.mT
-        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
-    return x.float()
-
-
 class Muon(torch.optim.Optimizer):
-    """BEYOND THE PAPER, which takes Adam: an optimizer for matrices (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon). lr: about the root mean square of a step.
+    """BEYOND THE PAPER, which takes Adam (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
     The gradient of a matrix is large in a few directions and small in most, and Adam, which scales
-    each number on its own, leaves it so. Muon moves about equally far in all directions.
+    each number on its own, leaves it so. Muon moves about equally far in all directions: if the
+    gradient is U S V^T, it moves by about U V^T. lr: about the root mean square of a step.
     """
 
     @torch.no_grad()
@@ -97,10 +74,16 @@ class Muon(torch.optim.Optimizer):
             average.lerp_(p.grad, 0.05)
             x = p.grad.lerp(average, 0.95)  # Nesterov: the newest gradient once more
             x = x.flatten(1)  # a convolution (c_out, c_in, 3, 3) as a matrix (c_out, 9 c_in)
-            m, n = x.shape
-            x = orthogonal(x) if m <= n else orthogonal(x.mT).mT  # its squares are then small
-            # Now x holds numbers of about 1 / sqrt(max(m, n)). Times this root, one lr fits all.
-            p.add_(x.view_as(p), alpha=-group["lr"] * math.sqrt(max(m, n)))
+            tall = x.shape[0] > x.shape[1]
+            x = (x.mT if tall else x) / (x.norm() + 1e-7)  # no singular value is above 1
+            if ddpm.fast_bfloat16(x.device.type):
+                x = x.bfloat16()
+            for _ in range(3):  # moves the singular values above 0.03 to 0.65 ... 1.25
+                square = x @ x.mT  # small, as x is not tall
+                x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+            root = math.sqrt(x.shape[1])  # numbers in x are about 1 / root, so one lr fits all
+            x = (x.mT if tall else x).float().reshape(p.shape)
+            p.add_(x, alpha=-group["lr"] * root)
 
 
 def optimizers_for(model, lr):
@@ -110,17 +93,6 @@ def optimizers_for(model, lr):
     others = [p for p in model.parameters() if p.ndim == 1 or p in ends]
     adam = torch.optim.Adam(others, ADAM_RATE, betas=(0.9, 0.99), fused=True)
     return Muon(matrices, {"lr": lr}), adam
-
-
-@torch.no_grad()
-def update_average(average, model, step):
-    """Moves the exponential moving average (EMA) of the weights; call after step 1, 2, ...
-
-    Single steps are noisy, so samples come from the average (Ho, Appendix B). At first it is over
-    the last ninth of the steps, without the random start.
-    """
-    decay = min(EMA_DECAY, (1 + step) / (10 + step))
-    torch._foreach_lerp_([*average.parameters()], [*model.parameters()], 1 - decay)
 
 
 @torch.no_grad()
@@ -146,16 +118,13 @@ def save_curve(path, history):
 
 
 def claim(folder, name, epoch):
-    """Before an epoch is saved: moves what an older run has left in the folder into one of its own,
-    and ends this run if another one has saved there since."""
-    latest, older = folder / "latest.pt", [*folder.glob("*.pt"), *folder.glob("*.png")]
-    if epoch == 1 and older:
-        aside = folder / f"before_{name}"
-        aside.mkdir()
-        for file in older:
-            file.rename(aside / file.name)
-        print(f"{folder} held an older run: moved to {aside}")
-    elif epoch > 1 and latest.exists():
+    """Before an epoch is saved: moves an older run's files away, or ends beside another run."""
+    latest, aside = folder / "latest.pt", folder / f"before_{name}"
+    if epoch == 1:
+        for file in [*folder.glob("*.pt"), *folder.glob("*.png")]:
+            aside.mkdir(exist_ok=True)
+            print(f"moved to {aside}, from an older run: {file.rename(aside / file.name).name}")
+    elif latest.exists():
         last, _ = ddpm.load(latest)
         if (last["name"], last["epoch"]) != (name, epoch - 1):
             sys.exit(f"error: another training writes to {folder}; this one stops")
@@ -177,12 +146,16 @@ def train_epoch(model, average, optimizers, schedule, data, args, epoch):
         loss = ddpm.loss_fn(model, schedule, x_0, t, eps)  # Eq. 14
         model.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # all weights together
         rate = min(1, step / WARMUP, math.sqrt(DECAY_FROM / step))
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
             optimizer.step()
-        update_average(average, model, step)
+        # Single steps are noisy, so samples come from an exponential moving average (EMA) of the
+        # weights (Ho, Appendix B), over about the last ninth of the steps.
+        with torch.no_grad():
+            for mean, p in zip(average.parameters(), model.parameters()):
+                mean.lerp_(p, 9 / (10 + step))
         losses.append(loss.detach())
     return torch.stack(losses).mean().item()
 
@@ -196,9 +169,8 @@ def draw_samples(path, average, schedule):
     return shapes.score(x)["right"]
 
 
-def train(args, saved, name, after_epoch=lambda: None):
-    """Trains. args, saved: as from parse. name: of a new run; a resumed one keeps its own.
-    after_epoch: called after each save."""
+def train(args, saved, name):
+    """Trains. args, saved: as from parse. name: of a new run; a resumed one keeps its own."""
     device, folder, history = args.device, Path(args.checkpoints), []
     torch.manual_seed(args.seed)
     schedule, model = ddpm.Schedule(device), ddpm.UNet().to(device)
@@ -213,9 +185,8 @@ def train(args, saved, name, after_epoch=lambda: None):
     if args.compile:
         model.compile()
     data = shapes.to_model(shapes.make_dataset(args.samples, args.seed)).to(device)
-    validation = shapes.to_model(shapes.make_dataset(VALIDATION, [args.seed, 1])).to(device)
-    folder.mkdir(parents=True, exist_ok=True)
-    writer = SummaryWriter(Path(args.logs) / name)
+    validation = shapes.to_model(shapes.make_dataset(512, [args.seed, 1])).to(device)
+    writer = SummaryWriter(folder / "logs" / name)  # makes the folder, too
     print(f"{device}, bfloat16: {ddpm.fast_bfloat16(device)}", flush=True)
     for epoch in range(len(history) + 1, args.epochs + 1):
         row = {"epoch": epoch}
@@ -238,20 +209,13 @@ def train(args, saved, name, after_epoch=lambda: None):
         state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
         ddpm.save(folder / "latest.pt", {**state, "model": model.state_dict()})
         save_curve(folder / "loss.png", history)
-        after_epoch()
         print(", ".join(f"{key} {round(value, 4)}" for key, value in row.items()), flush=True)
 
 
-def main():
-    args, saved = parse(sys.argv[1:])
+if __name__ == "__main__":
     try:
-        train(args, saved, time.strftime(f"%Y-%m-%d_%H-%M-%S_{os.getpid()}"))
+        train(*parse(sys.argv[1:]), time.strftime(f"%Y-%m-%d_%H-%M-%S_{os.getpid()}"))
     except KeyboardInterrupt:
-        print("\nstopped; if it has finished an epoch, the same command with --resume goes on")
-        sys.exit(130)
+        sys.exit("stopped; if it has finished an epoch, the same command with --resume goes on")
     except OSError as e:
         sys.exit(f"error: {e}")
-
-
-if __name__ == "__main__":
-    main()

@@ -133,7 +133,8 @@ def from_model(x):
 def mirror(x, generator):
     """Mirrors each picture at random, left-right, up-down and along the diagonal: (n, 1, 32, 32).
 
-    BEYOND THE PAPER, which mirrors left-right only: here all eight mirror images are legal.
+    BEYOND THE PAPER, which mirrors left-right only. Here all eight mirror images are legal, but
+    left-right only gives as many right samples (96.8 and 97.0 % of 3000).
     """
     coins = torch.rand(3, len(x), 1, 1, 1, generator=generator, device=x.device) < 0.5
     x = torch.where(coins[0], x.flip(3), x)

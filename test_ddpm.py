@@ -53,7 +53,7 @@ def awake(model):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Makes every new UNet a small one, and validation and samples cheap."""
+    """Makes every new UNet a small one, and samples cheap."""
     monkeypatch.setattr(ddpm.UNet.__init__, "__defaults__", SMALL)
     for name, value in {"PICTURES": 2, "STEPS": 2}.items():
         monkeypatch.setattr(train, name, value)

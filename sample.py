@@ -96,8 +96,8 @@ def save_process(path, walk):
     images = []
     for t, x_t, x_0 in evenly(walk, GIF_FRAMES) + walk[-1:] * 15:
         grid = shapes.tile(shapes.from_model(torch.cat([x_t, x_0])), columns=n)
-        bar = np.zeros((6, grid.shape[1]))
-        bar[:, : grid.shape[1] * t // ddpm.T] = 1
+        bar = np.full((6, grid.shape[1]), 0.3)  # neither black nor white: pages are
+        bar[:, : grid.shape[1] * t // ddpm.T] = 0.7
         image = shapes.to_image(np.concatenate([bar, grid]))
         images.append(image.quantize(16))  # few greys, so a small file
     gif = path.with_suffix(".gif")

@@ -888,7 +888,7 @@ def test_readme_links_and_flags_exist():
     for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (HERE / link).exists(), link
     flags = [*vars(train.parse([])[0]), *vars(sample.parse([]))]
-    known = {"--" + flag.replace("_", "-") for flag in flags}
+    known = {"--help"} | {"--" + flag.replace("_", "-") for flag in flags}
     for command in re.findall(r"(?:train|sample|modal_train)\.py ([^`\n]*)", README):
         assert set(re.findall(r"--[a-z-]+", command)) <= known, command
     assert sum(p.stat().st_size for p in (HERE / "assets").iterdir()) <= 12e6

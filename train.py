@@ -61,10 +61,10 @@ def parse(argv):
 class Muon(torch.optim.Optimizer):
     """BEYOND THE PAPER, which takes Adam (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    The gradient of a matrix is large in a few directions and small in most, and Adam, which scales
-    each number on its own, leaves it so. Muon moves about equally far in all: if the gradient is
-    U S V^T, it moves by about U V^T. After 20 epochs 90 % of the samples are right, with Adam alone
-    86 %. lr: about the root mean square of a step.
+    Adam scales each number on its own, so it goes far in the few directions in which the gradient
+    of a matrix is large. Muon goes about equally far in all: if the gradient is U S V^T, it moves
+    by about U V^T. After 20 epochs 90 % of the samples are right, with Adam alone 86 %.
+    lr: about the root mean square of a step.
     """
 
     @torch.no_grad()
@@ -124,7 +124,8 @@ def claim(folder, name, epoch):
     if epoch == 1:
         for file in [*folder.glob("*.pt"), *folder.glob("*.png")]:
             aside.mkdir(exist_ok=True)
-            print(f"moved to {aside}, from an older run: {file.rename(aside / file.name).name}")
+            file.rename(aside / file.name)
+            print(f"moved to {aside}, from an older run: {file.name}")
     elif latest.exists():
         last, _ = ddpm.load(latest)
         if (last["name"], last["epoch"]) != (name, epoch - 1):
@@ -152,8 +153,7 @@ def train_epoch(model, average, optimizers, schedule, data, args, epoch):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
             optimizer.step()
-        # Single steps are noisy, so samples come from an exponential moving average (EMA) of the
-        # weights (Ho, Appendix B), over about the last ninth of the steps.
+        # Samples come from a moving average (EMA; Ho, Appendix B), about the last ninth of the steps.
         with torch.no_grad():
             for mean, p in zip(average.parameters(), model.parameters()):
                 mean.lerp_(p, 9 / (10 + step))

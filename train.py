@@ -153,7 +153,7 @@ def train_epoch(model, average, optimizers, schedule, data, args, epoch):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
             optimizer.step()
-        # Samples come from a moving average (EMA; Ho, Appendix B) over a ninth of the steps.
+        # Samples come from a moving average (EMA; Ho, Appendix B), over the last ninth of steps.
         with torch.no_grad():
             for mean, p in zip(average.parameters(), model.parameters()):
                 mean.lerp_(p, 9 / (10 + step))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import modal
 
-FOLDER = "/checkpoints"  # where the volume with the checkpoints appears in the cloud
+FOLDER = "/checkpoints"  # where the volume appears; Modal keeps what is written there
 
 app = modal.App("toy-diffusion")
 volume = modal.Volume.from_name("diffusion-checkpoints", create_if_missing=True)

@@ -567,6 +567,7 @@ def test_best_is_the_epoch_with_the_lowest_validation_loss(tiny, monkeypatch, tm
 
     def spy(path, average, schedule):
         averages.append({name: p.clone() for name, p in average.named_parameters()})
+        assert not any(p.requires_grad for p in average.parameters())
         return draw_samples(path, average, schedule)
 
     def ddim(model, schedule, x_T, steps, generator):

@@ -1,7 +1,8 @@
 """Trains the diffusion model: python train.py, on CUDA, on MPS or on a CPU.
 
 Every epoch it writes into checkpoints/: latest.pt (all that --resume needs), best.pt (of the lowest
-validation loss, for sample.py), loss.png; every five epochs also a grid of samples.
+validation loss, for sample.py), loss.png; every five, and after the last, a grid of samples.
+TensorBoard shows the curves, too: tensorboard --logdir checkpoints
 """
 
 import argparse
@@ -49,7 +50,7 @@ def parse(argv):
         saved, _ = ddpm.load(Path(args.checkpoints) / "latest.pt")
         p.set_defaults(**saved["flags"])
         args = p.parse_args(argv)
-        if any(getattr(args, key) != saved["flags"][key] for key in SAVED[1:]):
+        if any(getattr(args, key) != saved["flags"][key] for key in SAVED if key != "epochs"):
             p.error(f"with --resume only --epochs can change, of {saved['flags']}")
     if not 1 <= args.batch_size <= args.samples:
         p.error("--batch-size must be from 1 to --samples")
@@ -120,13 +121,14 @@ def save_curve(path, history):
 
 def claim(folder, name, epoch):
     """Before an epoch is saved: moves an older run's files away, or ends beside another run."""
-    latest, aside = folder / "latest.pt", folder / f"before_{name}"
-    if epoch == 1:
-        for file in [*folder.glob("*.pt"), *folder.glob("*.png")]:
-            aside.mkdir(exist_ok=True)
+    latest, older = folder / "latest.pt", [*folder.glob("*.pt"), *folder.glob("*.png")]
+    if epoch == 1 and older:
+        aside = folder / f"before_{name}"
+        aside.mkdir(exist_ok=True)
+        for file in older:
             file.rename(aside / file.name)
-            print(f"moved to {aside}, from an older run: {file.name}")
-    elif latest.exists():
+        print(f"{folder} held an older run: moved to {aside}")
+    elif epoch > 1 and latest.exists():
         last, _ = ddpm.load(latest)
         if (last["name"], last["epoch"]) != (name, epoch - 1):
             sys.exit(f"error: another training writes to {folder}; this one stops")

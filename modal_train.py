@@ -1,45 +1,40 @@
 """Trains on an A100 at modal.com: modal run modal_train.py, with the flags of train.py.
 
-With modal run --detach your machine may be switched off meanwhile.
+With modal run --detach your machine may be switched off meanwhile. The checkpoints stay in the
+volume diffusion-checkpoints.
 """
 
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import modal
 
-FOLDER = "/checkpoints"  # where the volume appears; Modal keeps what is written there
-
+FOLDER = "/root/checkpoints"  # where the volume appears: beside train.py
 app = modal.App("toy-diffusion")
 volume = modal.Volume.from_name("diffusion-checkpoints", create_if_missing=True)
-image = (
-    modal.Image.debian_slim(python_version="3.12")
-    .apt_install("gcc", "libc6-dev")  # for --compile
-    .pip_install("torch", "numpy", "matplotlib", "tensorboard", "tqdm")
-    .add_local_python_source("ddpm", "shapes", "train")
-)
+packages = ("torch", "numpy", "matplotlib", "pillow", "tensorboard", "tqdm")
+image = modal.Image.debian_slim(python_version="3.12").uv_pip_install(*packages)
+image = image.add_local_python_source("ddpm", "shapes", "train")
 
 
 @app.function(image=image, gpu="A100", volumes={FOLDER: volume}, timeout=24 * 3600, retries=3)
-def train_in_cloud(flags, name, folder=FOLDER):
-    """Runs train.py with these flags, a list of words. name: tells this run from others."""
-    import torch
-
-    import train
-
-    latest = Path(folder) / "latest.pt"
-    try:
-        # After an interruption Modal calls this again; then the volume holds this very run.
-        last = torch.load(latest, map_location="cpu", weights_only=True) if latest.exists() else {}
-        if last.get("name") == name:
-            flags = [*flags, "--resume"]
-        train.train(*train.parse([*flags, "--checkpoints", folder]), name)
-    except SystemExit as stop:  # a wrong flag, for example: Modal need not try again
-        return stop.code
+def train(flags, run, folder=FOLDER, script="/root/train.py"):
+    """Runs train.py with these flags, a list of words, as the run of this name. Returns its status."""
+    latest, begun = Path(folder) / "latest.pt", Path(folder) / "run.txt"
+    if not begun.exists() or begun.read_text() != run:
+        if latest.exists() and "--resume" not in flags:
+            latest.rename(latest.with_name(f"latest_before_{run}.pt"))
+        begun.write_text(run)
+    elif latest.exists():  # Modal calls again after an interruption
+        flags = [*flags, "--resume"]
+    command = [sys.executable, script, *flags, "--logs", "checkpoints/logs"]
+    return subprocess.run(command, cwd=Path(folder).parent, check=False).returncode
 
 
 @app.local_entrypoint()
 def main(*flags):
-    """Takes the flags of train.py."""
-    sys.exit(train_in_cloud.remote(list(flags), time.strftime("%Y-%m-%d_%H-%M-%S")))
+    status = train.spawn(list(flags), time.strftime("%Y-%m-%d_%H-%M-%S")).get()
+    if status:
+        sys.exit(status)

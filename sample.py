@@ -4,19 +4,15 @@ python sample.py                    a grid of 16 pictures: samples.png
 python sample.py --steps 50         the same in 50 steps instead of 1000
 python sample.py --process          noise becoming pictures: process.png, process.gif
 python sample.py --explain          every shape in the colour of its kind: explained.png
-python sample.py --score --n 1000   how many of 1000 pictures are right, drawn in 50 steps
+python sample.py --score --n 1000   how many of 1000 pictures are right, and the bound in bits
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-
-os.environ["MPLBACKEND"] = "agg"  # a notebook may ask for a backend that is not installed
-from matplotlib.figure import Figure
+from PIL import Image
 from tqdm import tqdm
 
 import ddpm
@@ -24,11 +20,10 @@ import shapes
 
 TRAINED = Path("checkpoints/best.pt")  # where train.py leaves its weights
 PRETRAINED = Path(__file__).parent / "assets/pretrained.pt"  # until there are some
-STRIP, GIF_FRAMES = 12, 32  # how many stops of the walk --process shows
-LOSS_AT = (2, 20, 100, 300, 400, 500, 600, 700, 800, 1000)  # the t of --score
 
 
-def parser():
+def parse(argv):
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     p = argparse.ArgumentParser(description="Draw pictures with a trained diffusion model.")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--process", "--show-process", action="store_true", help="draw the walk")
@@ -36,139 +31,120 @@ def parser():
     what.add_argument("--score", action="store_true", help="print how many pictures are right")
     p.add_argument("--n", type=int, help="how many pictures (16; with --process 4, --score 500)")
     p.add_argument("--steps", type=int, help="1000 is Algorithm 2, fewer are DDIM (--score: 50)")
-    p.add_argument("--eta", type=float, default=1.0, help="fresh noise, from 0 (none) to 1")
-    p.add_argument("--seed", type=int, default=0, help="of the noise")
-    p.add_argument("--checkpoint", metavar="PATH", help=f"default: {TRAINED}, else pretrained.pt")
-    p.add_argument("--output", metavar="PATH", help="a .png; default: samples.png, process.png ...")
-    there = ddpm.devices()
-    p.add_argument("--device", choices=there, default=there[0], help="where to compute")
-    return p
-
-
-def parse(argv):
-    """The flags, with the defaults that depend on other flags filled in."""
-    flags = parser()
-    args = flags.parse_args(argv)
-    name, n = "samples.png", 16
-    if args.process:
-        name, n = "process.png", 4
-    elif args.explain:
-        name = "explained.png"
-    elif args.score:
-        n = 500
-    args.n = n if args.n is None else args.n
+    p.add_argument("--eta", type=float, default=1.0, help="fresh noise, from 0 (none) to 1 (1)")
+    p.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+    p.add_argument("--checkpoint", metavar="PATH", help=f"({TRAINED}, else the supplied weights)")
+    p.add_argument("--output", type=Path, help="a .png (samples.png, process.png, explained.png)")
+    p.add_argument("--device", choices=sorted({"cpu", str(best)}), default=str(best))
+    args = p.parse_args(argv)
+    if args.n is None:
+        args.n = 4 if args.process else 500 if args.score else 16
     if args.steps is None:
         args.steps = 50 if args.score else ddpm.T
-    args.output = Path(args.output or name)
+    if args.output is None:
+        name = "process" if args.process else "explained" if args.explain else "samples"
+        args.output = Path(f"{name}.png")
     if not 1 <= args.n <= (16 if args.process else 10_000):
-        flags.error("--n must be from 1 to 10000, with --process from 1 to 16")
+        p.error("--n must be from 1 to 10000, with --process from 1 to 16")
     if not 1 <= args.steps <= ddpm.T or not 0 <= args.eta <= 1:
-        flags.error("--steps must be from 1 to 1000, --eta from 0 to 1")
+        p.error("--steps must be from 1 to 1000, --eta from 0 to 1")
     if args.output.suffix.lower() != ".png" or not args.output.parent.is_dir():
-        flags.error("--output must end in .png, and its folder must be there")
+        p.error("--output must end in .png, and its folder must be there")
     return args
 
 
-def evenly(walk, n):
-    """n stops of a walk, evenly spaced, with both ends; all of them if there are fewer."""
-    return [walk[i] for i in np.linspace(0, len(walk) - 1, min(n, len(walk))).astype(int)]
-
-
-def save_process(path, walk):
-    """Saves a strip of x_t with the guess of x_0 below each, and a GIF of the same. walk: list of
-    (t, x_t, x_0), as the samplers yield them, on the CPU."""
-    n = len(walk[0][1])
-    stops = evenly(walk, STRIP)
-    figure = Figure(figsize=(len(stops), 2.1 * n + 0.3), layout="constrained")
-    grid = figure.subplots(2 * n, len(stops), squeeze=False)
-    for column, (t, x_t, x_0) in enumerate(stops):
-        grid[0, column].set_title(f"t = {t}", fontsize=9)
-        for row in range(n):
-            for axes, x in (grid[2 * row, column], x_t), (grid[2 * row + 1, column], x_0):
-                axes.imshow(x[row, 0], cmap="gray", vmin=-1, vmax=1)
-                axes.set(xticks=[], yticks=[])
-    for row in range(n):
-        grid[2 * row, 0].set_ylabel("$x_t$", fontsize=8)
-        grid[2 * row + 1, 0].set_ylabel("guess of $x_0$", fontsize=8)
+def save_process(path, stops):
+    """Saves a GIF of the stops, each (t, x_t, x_0_hat), and a strip of every third and the last."""
+    n, strip = len(stops[0][1]), stops[:-1:3] + stops[-1:]
+    figure = shapes.figure(len(strip), 2.1 * n + 0.3)
+    grid = figure.subplots(2 * n, len(strip), squeeze=False)
+    for column, (t, x_t, x_0_hat) in zip(grid.T, strip):
+        column[0].set_title(f"t = {t}", fontsize=9)
+        pictures = torch.cat([x_t, x_0_hat], dim=1).flatten(0, 1).numpy()  # (2 n, 32, 32)
+        for axes, picture in zip(column, pictures):
+            axes.imshow(picture, cmap="gray", vmin=-1, vmax=1)
+            axes.set(xticks=[], yticks=[])
+    for row in range(0, 2 * n, 2):
+        grid[row, 0].set_ylabel("$x_t$", fontsize=8)
+        grid[row + 1, 0].set_ylabel("guess of $x_0$", fontsize=8)
     figure.savefig(path, dpi=100)
 
-    # The GIF: x_t above, the guess of x_0 below, and a bar as long as t. The end stands still.
-    images = []
-    for t, x_t, x_0 in evenly(walk, GIF_FRAMES) + walk[-1:] * 15:
-        grid = shapes.tile(shapes.from_model(torch.cat([x_t, x_0])), columns=n)
-        bar = np.full((6, grid.shape[1]), 0.3)  # neither black nor white: pages are
-        bar[:, : grid.shape[1] * t // ddpm.T] = 0.7
-        image = shapes.to_image(np.concatenate([bar, grid]))
-        images.append(image.quantize(16))  # few greys, so a small file
+    frames = []  # x_t above, the guess of x_0 below, and a bar as long as t
+    for t, x_t, x_0_hat in stops:
+        sheet = shapes.tile(shapes.from_model(torch.cat([x_t, x_0_hat])), columns=n)
+        frame = Image.new("RGB", (sheet.width, sheet.height + 6), (77, 77, 77))
+        frame.paste((179, 179, 179), (0, 0, sheet.width * t // ddpm.T, 6))
+        frame.paste(sheet, (0, 6))
+        frames.append(frame.quantize(16))  # few greys, so a small file
+    frames += frames[-1:] * 15  # the end stands still
     gif = path.with_suffix(".gif")
-    images[0].save(gif, save_all=True, append_images=images[1:], duration=80, loop=0)
+    frames[0].save(gif, save_all=True, append_images=frames[1:], duration=80, loop=0)
 
 
-def print_score(x, flags):
-    """Prints the score of x, (n, 1, 32, 32), beside that of real pictures and of noise. flags: of
-    the training, from the checkpoint."""
+def print_score(x, model, schedule, flags):
+    """Prints the score of samples x, (n, 1, 32, 32), beside that of real pictures and of noise, and
+    the bound of the model. flags: of the training, from the checkpoint."""
     training = shapes.make_dataset(flags["samples"], flags["seed"])
+    real = shapes.to_model(shapes.make_dataset(max(len(x), 4 * 999), [flags["seed"], 2]))
     rows = {
         "these samples": x,
-        "other real pictures": shapes.to_model(shapes.make_dataset(len(x), [flags["seed"], 2])),
-        "pure noise": torch.randn(x.shape),
+        "other real pictures": real[: len(x)],
+        "noise": torch.randn(x.shape),
     }
     print(f"{'':<20}   right  copies distinct   circ rect  tri line    1    2    3")
     for name, pictures in rows.items():
         s = shapes.score(pictures, training)
         print(f"{name:<20}{s['right']:>8.1%}{s['copies']:>8.1%}{s['distinct']:>9.1%}  ", end="")
-        print("".join(f"{count:>5}" for count in [*s["kinds"], *s["shapes"]]))
+        print("".join(f"{count:>5}" for count in s["kinds"] + s["numbers"]))
+    generator, bits = torch.Generator().manual_seed(0), 0
+    for x_0 in real[: 4 * 999].to(schedule.beta.device).split(999):
+        bits += ddpm.bound(model, schedule, x_0, generator) / 4  # (T + 1,)
+    print(f"bound: {bits[101:].sum():.1f} bits above t = 100 (entropy of the data: 17.3), ", end="")
+    print(f"{bits[:101].sum():.1f} below; mean of {4 * 999} other real pictures")
 
 
-@torch.no_grad()
-def print_loss_by_t(model, schedule, flags):
-    """Prints the loss (Eq. 14) and the error in x_0 at several t, on 256 other real pictures."""
-    device = schedule.beta.device
-    x_0 = shapes.to_model(shapes.make_dataset(256, [flags["seed"], 2])).to(device)
-    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(device)
-    print("   t   loss (eps)   error in x_0")
-    for t in LOSS_AT:
-        times = torch.full((len(x_0),), t, device=device)
-        loss = ddpm.loss_fn(model, schedule, x_0, times, eps)
-        snr = schedule.alpha_bar[t] / schedule.one_minus_alpha_bar[t]
-        print(f"{t:>4}{loss:>13.5f}{loss / snr:>15.5f}")
-
-
-def main():
-    args = parse(sys.argv[1:])
-    checkpoint = args.checkpoint or (TRAINED if TRAINED.exists() else PRETRAINED)
-    state, model = ddpm.load(checkpoint)
-    schedule, model = ddpm.Schedule(args.device), model.to(args.device)
-    print(f"{checkpoint}, epoch {state['epoch']}, on {args.device}")
+def main(argv, network=ddpm.UNet):
+    args = parse(argv)
+    path = args.checkpoint or (TRAINED if TRAINED.exists() else PRETRAINED)
+    schedule, model = ddpm.Schedule(args.device), network().requires_grad_(False)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["average"])
+        flags, epochs = state["flags"], len(state["history"])
+    except Exception as e:  # noqa: BLE001, a foreign file can be wrong in any way
+        sys.exit(f"error: cannot load {path}: {e!r}")
+    model.to(args.device)
+    print(f"{path}, epoch {epochs}, on {args.device}")
     generator = torch.Generator().manual_seed(args.seed)
     x_T = torch.randn(args.n, 1, 32, 32, generator=generator).to(args.device)
     if args.steps == ddpm.T and args.eta == 1:
         walk = ddpm.algorithm_2(model, schedule, x_T, generator)
     else:
         walk = ddpm.ddim(model, schedule, x_T, args.steps, args.eta, generator)
+    shown = [round(args.steps * i / 33) for i in range(34)]  # for --process
     stops = []
-    for t, x_t, x_0 in tqdm(walk, total=args.steps + 1, disable=None):
-        if args.process or t == 0:
-            stops.append((t, x_t.cpu(), x_0.cpu()))
-    x = stops[-1][1]  # (n, 1, 32, 32)
+    for i, (t, x) in enumerate(tqdm(walk, total=args.steps + 1, disable=None)):
+        if args.process and i in shown:
+            x_0_hat = x
+            if t > 0:
+                times = torch.full((args.n,), t, device=x.device)  # (n,)
+                x_0_hat = ddpm.predict_x_0(schedule, x, times, model(x, times))
+            stops.append((t, x.cpu(), x_0_hat.cpu()))
+    x = x.cpu()  # x_0
     if args.score:
-        print_score(x, state["flags"])
-        print_loss_by_t(model, schedule, state["flags"])
-        return
+        return print_score(x, model, schedule, flags)
     if args.process:
         save_process(args.output, stops)
     elif args.explain:
-        grid = shapes.tile(shapes.coloured((x[:, 0] > 0).numpy()))
-        shapes.to_image(grid).save(args.output)
+        shapes.tile(shapes.coloured((x[:, 0] > 0).numpy())).save(args.output)
     else:
-        grid = shapes.tile(shapes.from_model(x), columns=8 if args.n <= 16 else 16)
-        shapes.to_image(grid).save(args.output)
+        shapes.tile(shapes.from_model(x), columns=8 if args.n <= 16 else 16).save(args.output)
     print(f"saved {args.output}")
 
 
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as e:

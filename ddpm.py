@@ -505,7 +505,7 @@ class UNet(nn.Module):
         x = self.middle2(x, time)
         for level in self.up:
             x = level(x, skips.pop(), time)  # (B, c, 2H, 2W)
-        return self.out(F.silu(self.norm(x)))  # (B, 1, H, W)
+        return self.out(F.silu(self.norm(x))).float()  # (B, 1, H, W), float32 under autocast, too
 
 
 # ==== Look at it: python ddpm.py ==================================================================

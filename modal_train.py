@@ -1,8 +1,5 @@
-"""Trains on an A100 at modal.com: modal run modal_train.py, with the flags of train.py.
-
-With modal run --detach your machine may be switched off meanwhile. The checkpoints stay in the
-volume diffusion-checkpoints.
-"""
+"""Trains on an A100 at modal.com: modal run modal_train.py, with the flags of train.py. With
+modal run --detach modal_train.py your machine may be switched off meanwhile."""
 
 import subprocess
 import sys
@@ -21,16 +18,18 @@ image = image.add_local_python_source("ddpm", "shapes", "train")
 
 @app.function(image=image, gpu="A100", volumes={FOLDER: volume}, timeout=24 * 3600, retries=3)
 def train(flags, run, folder=FOLDER, script="/root/train.py"):
-    """Runs train.py with these flags, a list of words, as the run of this name. Returns its status."""
-    latest, begun = Path(folder) / "latest.pt", Path(folder) / "run.txt"
-    if not begun.exists() or begun.read_text() != run:
-        if latest.exists() and "--resume" not in flags:
-            latest.rename(latest.with_name(f"latest_before_{run}.pt"))
-        begun.write_text(run)
-    elif latest.exists():  # Modal calls again after an interruption
-        flags = [*flags, "--resume"]
+    """Runs train.py with these flags, a list of words. run: names the call. Returns the status."""
+    folder, begun = Path(folder), Path(folder) / "run.txt"
+    if begun.exists() and begun.read_text() == run:  # Modal calls again after an interruption
+        flags = [*flags, "--resume"] if (folder / "latest.pt").exists() else flags
+    elif "--resume" not in flags:
+        aside = folder / f"before_{run}"
+        aside.mkdir(exist_ok=True)
+        for file in [*folder.glob("*.pt"), *folder.glob("*.png")]:  # of an older run
+            file.rename(aside / file.name)
+    begun.write_text(run)
     command = [sys.executable, script, *flags, "--logs", "checkpoints/logs"]
-    return subprocess.run(command, cwd=Path(folder).parent, check=False).returncode
+    return subprocess.run(command, cwd=folder.parent, check=False).returncode
 
 
 @app.local_entrypoint()

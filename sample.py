@@ -37,13 +37,16 @@ def parse(argv):
     p.add_argument("--output", type=Path, help="a .png (samples.png, process.png, explained.png)")
     p.add_argument("--device", choices=sorted({"cpu", str(best)}), default=str(best))
     args = p.parse_args(argv)
-    if args.n is None:
-        args.n = 4 if args.process else 500 if args.score else 16
-    if args.steps is None:
-        args.steps = 50 if args.score else ddpm.T
-    if args.output is None:
-        name = "process" if args.process else "explained" if args.explain else "samples"
-        args.output = Path(f"{name}.png")
+    name, n, steps = "samples.png", 16, ddpm.T
+    if args.process:
+        name, n = "process.png", 4
+    elif args.explain:
+        name = "explained.png"
+    elif args.score:
+        n, steps = 500, 50
+    args.n = n if args.n is None else args.n
+    args.steps = steps if args.steps is None else args.steps
+    args.output = Path(name) if args.output is None else args.output
     if not 1 <= args.n <= (16 if args.process else 10_000):
         p.error("--n must be from 1 to 10000, with --process from 1 to 16")
     if not 1 <= args.steps <= ddpm.T or not 0 <= args.eta <= 1:
@@ -76,31 +79,26 @@ def save_process(path, stops):
         frame.paste((179, 179, 179), (0, 0, sheet.width * t // ddpm.T, 6))
         frame.paste(sheet, (0, 6))
         frames.append(frame.quantize(16))  # few greys, so a small file
-    frames += frames[-1:] * 15  # the end stands still
+    frames += 15 * [frames[-1]]  # the end stands still
     gif = path.with_suffix(".gif")
     frames[0].save(gif, save_all=True, append_images=frames[1:], duration=80, loop=0)
 
 
 def print_score(x, model, schedule, flags):
-    """Prints the score of samples x, (n, 1, 32, 32), beside that of real pictures and of noise, and
-    the bound of the model. flags: of the training, from the checkpoint."""
+    """Prints the score of samples x, (n, 1, 32, 32), beside that of real pictures, and the bound of
+    the model. flags: of the training, from the checkpoint."""
     training = shapes.make_dataset(flags["samples"], flags["seed"])
-    real = shapes.to_model(shapes.make_dataset(max(len(x), 4 * 999), [flags["seed"], 2]))
-    rows = {
-        "these samples": x,
-        "other real pictures": real[: len(x)],
-        "noise": torch.randn(x.shape),
-    }
+    real = shapes.to_model(shapes.make_dataset(max(len(x), 3996), [flags["seed"], 2]))
     print(f"{'':<20}   right  copies distinct   circ rect  tri line    1    2    3")
-    for name, pictures in rows.items():
+    for name, pictures in (("these samples", x), ("other real pictures", real[: len(x)])):
         s = shapes.score(pictures, training)
         print(f"{name:<20}{s['right']:>8.1%}{s['copies']:>8.1%}{s['distinct']:>9.1%}  ", end="")
         print("".join(f"{count:>5}" for count in s["kinds"] + s["numbers"]))
-    generator, bits = torch.Generator().manual_seed(0), 0
-    for x_0 in real[: 4 * 999].to(schedule.beta.device).split(999):
+    bits, generator = 0, torch.Generator().manual_seed(0)
+    for x_0 in real[:3996].to(schedule.beta.device).split(999):  # a picture for each term
         bits += ddpm.bound(model, schedule, x_0, generator) / 4  # (T + 1,)
     print(f"bound: {bits[101:].sum():.1f} bits above t = 100 (entropy of the data: 17.3), ", end="")
-    print(f"{bits[:101].sum():.1f} below; mean of {4 * 999} other real pictures")
+    print(f"{bits[:101].sum():.1f} below; mean of 3,996 other real pictures")
 
 
 def main(argv, network=ddpm.UNet):

@@ -1,19 +1,17 @@
 """Trains the network: python train.py, on CUDA, MPS or a CPU, whatever is there.
 
-Each epoch it saves checkpoints/latest.pt (for --resume), if it is the best so far also best.pt (for
-sample.py), and the curve loss.png. To watch it in TensorBoard: tensorboard --logdir logs
+Each epoch it saves checkpoints/latest.pt (for --resume), the best so far as best.pt (for sample.py),
+and a curve, loss.png. To watch it in TensorBoard: tensorboard --logdir logs
 """
 
 import argparse
 import copy
 import io
 import math
-import os
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -32,23 +30,23 @@ def parse(argv):
     p.add_argument("--batch-size", type=int, default=64, help="pictures in a step (64)")
     p.add_argument("--lr", type=float, default=2e-4, help="learning rate at step 16000 (2e-4)")
     p.add_argument("--seed", type=int, default=0, help="of data, weights and noise (0)")
-    again = "go on from latest.pt, with its flags; of those above only --epochs may be new"
-    p.add_argument("--resume", action="store_true", help=again)
+    p.add_argument("--resume", action="store_true", help="go on; of the above only --epochs counts")
     p.add_argument("--device", choices=sorted({"cpu", str(best)}), default=str(best))
     p.add_argument("--bf16", action="store_true", help="for processors that are fast in bfloat16")
-    p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="(checkpoints)")
-    p.add_argument("--logs", default="logs", metavar="DIR", help="for TensorBoard (logs)")
+    p.add_argument("--checkpoints", type=Path, default="checkpoints", help="(checkpoints)")
+    p.add_argument("--logs", type=Path, default="logs", help="for TensorBoard (logs)")
     args = p.parse_args(argv)
-    if not 1 <= args.batch_size <= args.samples:
-        p.error("--batch-size must be from 1 to --samples")
-    if args.epochs == 0 or not 0 < args.lr < 1 or args.seed < 0:
-        p.error("--epochs and --lr must be above 0, --seed not below")
+    if min(args.epochs or 1, args.batch_size, args.lr) <= 0 or args.seed < 0:
+        p.error("--epochs, --batch-size and --lr must be above 0, --seed not below")
+    if args.batch_size > args.samples:
+        p.error("--batch-size must not be above --samples")
     return args
 
 
 def rate(step):
-    """BEYOND THE PAPER, where it is 1: the learning rate in units of --lr. It rises for 500 steps, as
-    the first gradients say little, and falls until step 16,000, for small corrections. Price: @@"""
+    """BEYOND THE PAPER, where it is 1: the learning rate, in units of --lr. It rises for 500 steps,
+    as the first gradients say little, and falls from step 2,000 on, to 1 at step 16,000, as small
+    corrections come last. Price: @@"""
     return min(8 * (step + 1) / 500, 8, 16_000 / (step + 1))
 
 
@@ -63,24 +61,16 @@ def triangle_t(n, generator):
 
 
 def save(path, state):
-    """Writes a new file, then puts it in place of the old one, so that a whole one is always there."""
-    buffer = io.BytesIO()
+    """Writes a file beside the old one, then replaces it: there is always a whole one."""
+    buffer = io.BytesIO()  # a full disk is then an OSError; torch.save would make it another
     torch.save(state, buffer)
-    Path(f"{path}.tmp").write_bytes(buffer.getbuffer())
-    os.replace(f"{path}.tmp", path)
-
-
-def save_curve(path, history):
-    figure = shapes.figure(8, 3)
-    for axes, name in zip(figure.subplots(1, 2), ("loss", "bits")):
-        axes.plot(range(1, len(history) + 1), [row[name] for row in history], ".-")
-        axes.set(xlabel="epoch", ylabel=name, yscale="log")
-    figure.savefig(path, dpi=120)
+    path.with_suffix(".tmp").write_bytes(buffer.getbuffer())
+    path.with_suffix(".tmp").replace(path)
 
 
 def main(argv, network=ddpm.UNet):
     args = parse(argv)
-    folder, latest = Path(args.checkpoints), Path(args.checkpoints) / "latest.pt"
+    latest = args.checkpoints / "latest.pt"
     torch.manual_seed(args.seed)
     schedule = ddpm.Schedule(args.device)
     model = network().to(args.device, memory_format=torch.channels_last)  # the faster layout
@@ -89,74 +79,78 @@ def main(argv, network=ddpm.UNet):
     optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.99), fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     parts = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}
+    flags = {name: getattr(args, name) for name in FLAGS}
     history, run = [], time.strftime("%Y-%m-%d_%H-%M-%S")
     if args.resume:
         try:
             saved = torch.load(latest, map_location="cpu", weights_only=True)
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
-            history, run = saved["history"], saved["run"]
-            vars(args).update(saved["flags"], epochs=args.epochs or saved["flags"]["epochs"])
+            flags, history, run = saved["flags"], saved["history"], saved["run"]
+            flags["epochs"] = args.epochs or flags["epochs"]
         except Exception as e:  # noqa: BLE001, a foreign file can be wrong in any way
             sys.exit(f"error: cannot go on from {latest}: {e!r}")
-    args.epochs = args.epochs or 100
-    flags = {name: getattr(args, name) for name in FLAGS}
-    print(f"on {args.device}: {flags}", flush=True)
-    if len(history) >= args.epochs:
-        print(f"{latest} has all {len(history)} epochs; more --epochs go on")
+    flags["epochs"] = flags["epochs"] or 100
+    print(f"on {args.device}, {flags}, {len(history)} epochs are done", flush=True)
+    if len(history) >= flags["epochs"]:
         return
-    data = shapes.to_model(shapes.make_dataset(args.samples, args.seed))  # (samples, 1, 32, 32)
-    others = shapes.to_model(shapes.make_dataset(999, [args.seed, 1])).to(args.device)
+    data = shapes.to_model(shapes.make_dataset(flags["samples"], flags["seed"]))
+    others = shapes.to_model(shapes.make_dataset(999, [flags["seed"], 1])).to(args.device)
+    args.checkpoints.mkdir(parents=True, exist_ok=True)
+    writer = SummaryWriter(args.logs / run)
     net = torch.autocast(args.device, torch.bfloat16)(model.forward) if args.bf16 else model
-    writer = SummaryWriter(Path(args.logs) / run)
 
-    for epoch in range(len(history) + 1, args.epochs + 1):
-        generator = torch.Generator().manual_seed(1000 * args.seed + epoch)
-        batches = torch.randperm(len(data), generator=generator).split(args.batch_size)
-        full = batches[: len(data) // args.batch_size]
+    for epoch in range(len(history) + 1, flags["epochs"] + 1):
+        generator = torch.Generator().manual_seed(1000 * flags["seed"] + epoch)
+        order = torch.randperm(len(data), generator=generator)
         losses = []
-        for batch in tqdm(full, desc=f"epoch {epoch}", leave=False, disable=None):
+        batches = order.split(flags["batch_size"])[: len(data) // flags["batch_size"]]  # full ones
+        for batch in tqdm(batches, f"epoch {epoch}", leave=False, disable=None):
             x_0 = shapes.mirror(data[batch], generator).to(args.device)  # (B, 1, 32, 32)
             losses.append(ddpm.algorithm_1(net, schedule, optimizer, x_0, generator, triangle_t))
             scheduler.step()
-            # Samples come from an average of the weights, as noisy gradients shake them (Ho, Appendix
-            # B). BEYOND THE PAPER it is over the last ninth of all steps, not over the last 10,000,
-            # which in a short run would still be mostly the random weights of the start.
-            with torch.no_grad():
-                for mean, p in zip(average.parameters(), model.parameters()):
-                    mean.lerp_(p, 9 / (10 + scheduler.last_epoch))
+            # Samples come from an average of the weights, as noisy gradients shake them (Ho,
+            # Appendix B). BEYOND THE PAPER it is over about the last ninth of the steps so far: with
+            # Ho's fixed decay, 0.9999, the random first weights would count for 10,000 steps.
+            for mean, p in zip(average.parameters(), model.parameters()):
+                mean.lerp_(p.detach(), 9 / (10 + scheduler.last_epoch))
 
-        # The bound above t = 100 says which shapes stand where. It chooses best.pt.
+        # The bound above t = 100 tells how well the network knows which shapes stand where.
         bits = ddpm.bound(average, schedule, others, torch.Generator().manual_seed(0))[101:].sum()
         row = {"loss": torch.stack(losses).mean().item(), "bits": bits.item()}
-        if not math.isfinite(sum(row.values())):
-            sys.exit(f"error: the loss of epoch {epoch} is not finite; try a lower --lr")
-        folder.mkdir(parents=True, exist_ok=True)
-        if epoch == 1 and latest.exists():  # --resume was forgotten: keep the older run's files
-            aside = folder / f"before_{run}"
+        if not math.isfinite(row["loss"] + row["bits"]):
+            sys.exit(
+                f"error: the loss of epoch {epoch} is not finite; begin anew with a lower --lr"
+            )
+        if epoch == 1 and latest.exists():  # was --resume forgotten? Then keep the older run
+            aside = args.checkpoints / f"before_{run}"
             aside.mkdir()
             for name in ("latest.pt", "best.pt", "loss.png", "samples_*.png"):
-                for file in folder.glob(name):
+                for file in args.checkpoints.glob(name):
                     file.rename(aside / file.name)
-        if epoch % 5 == 0 or epoch == args.epochs:
+        history.append(row)
+        state = {"flags": flags, "run": run, "history": history}
+        if row["bits"] == min(past["bits"] for past in history):
+            half = {name: weight.half() for name, weight in average.state_dict().items()}
+            save(args.checkpoints / "best.pt", {**state, "average": half})
+        save(latest, {**state, **{name: part.state_dict() for name, part in parts.items()}})
+
+        if epoch % 5 == 0 or epoch == flags["epochs"]:
             generator = torch.Generator().manual_seed(0)
             x_T = torch.randn(64, 1, 32, 32, generator=generator).to(args.device)
             *_, (_, x_0) = ddpm.ddim(average, schedule, x_T, 20, 1, generator)
-            row["right"] = shapes.score(x_0.cpu())["right"]
-            grid = shapes.tile(shapes.from_model(x_0.cpu()), columns=16)
-            grid.save(folder / f"samples_{epoch:04d}.png")
-            writer.add_image("samples", np.asarray(grid), epoch, dataformats="HWC")
+            pictures = shapes.from_model(x_0.cpu())  # (64, 32, 32)
+            shapes.tile(pictures, columns=16).save(args.checkpoints / f"samples_{epoch:04d}.png")
+            writer.add_images("samples", pictures[:, None], epoch)
+            row = {**row, "right": shapes.score(x_0.cpu())["right"]}
         for name, value in row.items():
             writer.add_scalar(name, value, epoch)
         writer.flush()
-        history.append(row)
-        state = {"flags": flags, "run": run, "history": history}
-        # best before latest: if the program is killed between the two, the epoch is done again.
-        if row["bits"] == min(past["bits"] for past in history):
-            half = {name: weight.half() for name, weight in average.state_dict().items()}
-            save(folder / "best.pt", {**state, "average": half})
-        save(latest, {**state, **{name: part.state_dict() for name, part in parts.items()}})
-        save_curve(folder / "loss.png", history)
+        figure = shapes.figure(8, 3)
+        for axes, name in zip(figure.subplots(1, 2), ("loss", "bits")):
+            axes.plot(range(1, epoch + 1), [past[name] for past in history], ".-")
+            axes.set(xlabel="epoch", ylabel=name, yscale="log")
+        figure.savefig(args.checkpoints / "loss.png", dpi=120)
         print(f"epoch {epoch}:", ", ".join(f"{name} {row[name]:.4g}" for name in row), flush=True)
 
 
@@ -164,6 +158,6 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
-        sys.exit("stopped; --resume goes on after the last finished epoch")
+        sys.exit("stopped; --resume goes on after the last epoch that was saved")
     except OSError as e:
         sys.exit(f"error: {e}")

@@ -3,7 +3,7 @@
 THE IDEA. Take a picture and add a little Gaussian noise, a thousand times, until nothing of the
 picture is left. That direction is easy. For the way back, train a network: it sees a noisy picture
 and guesses the noise in it. To draw a new picture, start from pure noise, take away a little of the
-guessed noise, add a little less fresh noise, and guess again, a thousand times.
+guessed noise, add some fresh noise, and guess again, a thousand times.
 
     x_0  ->  x_1  ->  x_2  ->  ...  ->  x_T      forward process q: fixed, adds noise
     x_0  <-  x_1  <-  x_2  <-  ...  <-  x_T      reverse process p: learned, removes noise
@@ -27,10 +27,10 @@ That is two algorithms, printed here as in the paper:
     6  return x_0
 
     letter   in code              meaning
-    x_0      x_0                  a picture of the data; q(x_0) is the distribution of the data
+    x_0      x_0                  a picture, drawn (~) from the distribution of the data, q(x_0)
     x_t      x_t                  the picture after t of T = 1000 noising steps
-    ε        eps                  the noise in x_t; ~ means "drawn from", and N(0, I) gives every
-                                  pixel a Gaussian number of its own, with mean 0 and variance 1
+    ε        eps                  the noise in x_t: for each pixel a Gaussian number from N(0, I),
+                                  with mean 0 and variance 1
     ε_θ      eps_theta            the noise that the network guesses, with its weights θ
     β_t      beta                 the variance of the noise that step t adds
     α_t, ᾱ_t alpha, alpha_bar     1 - β_t, and the product α_1 α_2 ... α_t
@@ -41,7 +41,7 @@ The paper is Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", 2020
 2006.11239); the numbers of equations are its own. A line that changes the shape of a tensor ends
 with the new shape: B pictures in a batch, C channels, H x W pixels.
 
-    python ddpm.py      prints the numbers of sections 4 and 5, saves forward.png and pixel.png
+    python ddpm.py      prints the bounds of section 5, saves forward.png and pixel.png
 """
 
 import math
@@ -75,8 +75,8 @@ from torch import nn
 #
 #     x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε                                                          (Eq. 4)
 #
-# At t = T the factor of x_0 is 0.0064, so sampling can start from pure noise. Another choice of β
-# changes no formula below: it only spends the steps at other levels of noise.
+# At t = T the factor of x_0 is 0.0064, so sampling can start from pure noise. Another β that ends
+# there changes no formula below, only how many steps and how much training a level of noise gets.
 
 T = 1000
 
@@ -84,8 +84,8 @@ T = 1000
 class Schedule:
     """beta, alpha, alpha_bar, one_minus_alpha_bar, snr: float32 (T + 1,), indexed by the paper's t.
 
-    beta[1] belongs to the first step, beta[T] to the last, and alpha_bar[0] = 1 to the clean
-    picture. Computed in float64: in float32 1 - alpha_bar[1] = 0.0001 would have 3 correct digits.
+    beta[1] belongs to the first step, beta[T] to the last; alpha_bar[0] = 1 and snr[0] = inf to the
+    clean picture. Computed in float64: in float32 1 - alpha_bar[1] would be wrong by 0.02 %.
     """
 
     def __init__(self, device="cpu"):
@@ -117,9 +117,9 @@ def q_sample(schedule, x_0, t, eps):
 #
 # Once x_t is given, each of x_0 and ε gives the other. So a network that guesses the noise (noise
 # prediction) guesses the picture, too. Guessing the noise gave the paper's best samples (Ho, Table
-# 2). The loss is the squared error of the guess; section 5 says where it comes from.
+# 2 and Section 3.2). The loss is the squared error of the guess; section 5 says why.
 def predict_x_0(schedule, x_t, t, eps_theta):
-    """Eq. 4 solved for x_0: x_0_hat, float32 (B, C, H, W), as x_t and eps_theta. t: as below."""
+    """Eq. 4 solved for x_0: x_0_hat, float32 (B, C, H, W), as x_t and eps_theta. t: (B,), 1..T."""
     signal, noise = schedule.signal_and_noise(t)
     return (x_t - noise * eps_theta) / signal
 
@@ -134,14 +134,14 @@ def loss_fn(model, schedule, x_0, t, eps):
     return F.mse_loss(model(x_t, t), eps)
 
 
-# What does a network learn from this loss? Many pictures could be behind the same x_t, some more
-# likely than others. A guess c of x_0 has the expected squared error
+# What does a network learn from this loss? By Eq. 4 an error of ε is, at each t, a multiple of the
+# error of x_0, so look at x_0. Many pictures could be behind the same x_t, some more likely than
+# others. A guess c has the expected squared error
 #
 #     E[ ‖x_0 - c‖² | x_t ] = E[ ‖x_0 - m‖² | x_t ] + ‖m - c‖²           with m = E[ x_0 | x_t ]
 #
 # and is best at c = m, the posterior mean: the average of all pictures that could be behind x_t, by
-# their probability. At large t that is a grey blur, which is why no network can go from noise to a
-# picture in one step. At small t it is the picture.
+# their probability. At large t that is a grey blur, so a single step from noise is not enough.
 #
 # The loss is meant for every t, but no picture needs all thousand at once. One t for each, drawn at
 # random, gives the same gradient on average, and many more pictures in the same time.
@@ -184,7 +184,7 @@ def algorithm_1(model, schedule, optimizer, x_0, generator, draw_t=uniform_t):
 #     μ̃_t(x_t, x_0) = √ᾱ_{t-1} β_t/(1 - ᾱ_t) x_0 + √α_t (1 - ᾱ_{t-1})/(1 - ᾱ_t) x_t          (Eq. 7)
 #     β̃_t = (1 - ᾱ_{t-1})/(1 - ᾱ_t) β_t
 #
-# We do not know x_0. But μ̃_t is linear in it: with E[x_0 | x_t] for x_0 it is E[x_{t-1} | x_t].
+# We do not know x_0. But μ̃_t is linear in it, so putting in E[x_0 | x_t] gives E[x_{t-1} | x_t].
 # So the network's guess goes there. As x_0 = (x_t - √(1 - ᾱ_t) ε)/√ᾱ_t by Eq. 4, the factors become
 #
 #     of ε:    - √ᾱ_{t-1} β_t/(1 - ᾱ_t) √(1 - ᾱ_t)/√ᾱ_t  =  - β_t/√(1 - ᾱ_t) / √α_t
@@ -192,32 +192,29 @@ def algorithm_1(model, schedule, optimizer, x_0, generator, draw_t=uniform_t):
 #
 #     μ_θ(x_t, t) = 1/√α_t (x_t - β_t/√(1 - ᾱ_t) ε_θ(x_t, t))                               (Eq. 11)
 #
-# Why does a step not just take this mean? A mean is smoother than any single x_{t-1}, since noise
-# averages out. But the network knows x_{t-1} only with all its noise. So the step puts back, as
-# fresh noise σ_t z, what the average lost. Without it the walk drifts to a blur. The paper tries
-# σ_t² = β_t, right if the data is N(0, I), and σ_t² = β̃_t, right if it is one single picture (Ho,
-# Section 3.2). They differ only at small t: β̃_t/β_t is 0.98 at t = 100, 0.85 at t = 10, and 0 at
-# t = 1. We take β̃_t, so the last step adds no noise, as line 3 says.
+# A step back draws from a Gaussian around this mean. Why does it not just take the mean? In a mean
+# noise averages out, but the network was trained on x_{t-1} with all of its noise. So the step puts
+# back, as fresh noise σ_t z, what the average lost. Without it samples are empty (README, exercise
+# 2). The paper tries σ_t² = β_t, right if the data is N(0, I), and σ_t² = β̃_t, right if it is one
+# single picture (Ho, Section 3.2). They differ only at small t: β̃_t/β_t is 0.98 at t = 100, 0.85 at
+# t = 10, and 0 at t = 1. We take β̃_t: the last step adds no noise, as line 3 says.
 @torch.no_grad()
 def algorithm_2(model, schedule, x_T, generator):
     """Algorithm 2. Yields (t, x_t) for t = T, ..., 0: first x_T as given, last the samples x_0.
 
-    model, generator: as for algorithm_1. x_T: standard normal, float32 (B, C, H, W).
+    model, generator: as for algorithm_1. x_T: standard normal, float32 (B, C, H, W). This completes
+    DDPM: train.py repeats algorithm_1 for all data, sample.py runs through this.
     """
     x_t = x_T  # line 1
     yield T, x_t
     for t in range(T, 0, -1):  # line 2
         z = torch.randn(x_T.shape, generator=generator).to(x_T.device)  # line 3
         eps_theta = model(x_t, torch.full((len(x_T),), t, device=x_T.device))  # line 4
-        beta, alpha = schedule.beta[t], schedule.alpha[t]
-        now, before = schedule.one_minus_alpha_bar[t], schedule.one_minus_alpha_bar[t - 1]
-        mu_theta = (x_t - beta / now.sqrt() * eps_theta) / alpha.sqrt()  # line 4, Eq. 11
-        sigma = (before / now * beta).sqrt()  # √β̃_t, which is 0 at t = 1, as if z = 0 (line 3)
+        beta, alpha, one_minus = schedule.beta[t], schedule.alpha[t], schedule.one_minus_alpha_bar
+        mu_theta = (x_t - beta / one_minus[t].sqrt() * eps_theta) / alpha.sqrt()  # line 4, Eq. 11
+        sigma = (one_minus[t - 1] / one_minus[t] * beta).sqrt()  # √β̃_t; 0 at t = 1 (line 3)
         x_t = mu_theta + sigma * z  # line 4: x_t becomes x_{t-1}
         yield t - 1, x_t  # line 6, when t is 1
-
-
-# This is DDPM, complete. What is left is the network, and some questions.
 
 
 # ==== 4. A perfect network ========================================================================
@@ -255,7 +252,7 @@ def perfect_model(schedule, data):
 #
 #     ‖ε - ε_θ‖² = SNR(t) ‖x_0 - x̂_0‖²       with the signal-to-noise ratio SNR(t) = ᾱ_t/(1 - ᾱ_t)
 #
-# which falls from 9999 at t = 1 to 1 at t = 259 and 0.00004 at T. The loss is largest in between,
+# which falls from 9999 at t = 1 to 1 at t = 259 and 0.00004 at T. The loss is largest near t = 220,
 # where the pixel is decided. (The pixels of a shape agree, so shapes are decided at larger t.)
 #
 # A PICTURE. With 2,000 training pictures as the data, E[x_0 | x_t] is a blur that becomes sharp as
@@ -294,11 +291,10 @@ def perfect_model(schedule, data):
 #             = E_q[ β_t²/(2 σ_t² α_t (1 - ᾱ_t)) ‖ε - ε_θ(x_t, t)‖² ]                       (Eq. 12)
 #
 # The two other terms are next to nothing. L_T has no weights in it and is -log(1 - ᾱ_T)/2 for a
-# pixel of ±1: 0.03 bits a picture. L_0 is 0 if every pixel of μ_θ(x_1, 1) has the right sign, since
-# the wrong value is a hundred σ_1 away (σ_1² = β_1 in Eq. 13).
-#
+# pixel of ±1: 0.03 bits a picture. In L_0 a pixel of two values needs only a sign, and with
+# σ_1² = β_1 (Eq. 13) that of μ_θ(x_1, 1) is certain unless it is within a few σ_1 = 0.01 of 0.
 # In bits (log to the base of 2), L is the length of a code for the picture, made from this model.
-# No code is on average shorter than the entropy of the data. Below, t - 1 may be any earlier s.
+# No code is on average shorter than the entropy of the data.
 def visited_steps(steps):
     """The t of a walk of 1 to T steps, evenly spaced: int64 (steps,), from T down to 1."""
     return torch.linspace(T, 1, steps, dtype=torch.float64).round().long()  # (steps,)
@@ -308,8 +304,8 @@ def visited_steps(steps):
 def bound(model, schedule, x_0, generator, steps=T):
     """The terms L_{t-1} of the variational bound (Eq. 5) in bits a picture: float32 (T + 1,).
 
-    At index t stands the cost of the step down from t, and 0 where there is none. x_0: float32
-    (n, C, H, W), of -1 and +1, n at least steps - 1: picture i serves only one term, number
+    At index t stands the cost of the step from t to the next, in Eq. 12 always t - 1. x_0: float32
+    (n, C, H, W), of -1 and +1, n at least steps - 1: picture i is used for one term only, number
     i mod (steps - 1). model, generator: as for algorithm_1. steps: 2 to T.
     """
     visited = visited_steps(steps).to(x_0.device)
@@ -323,17 +319,18 @@ def bound(model, schedule, x_0, generator, steps=T):
     return total / t.bincount(minlength=T + 1).clamp(min=1)  # each term is a mean
 
 
-# For one pixel and its perfect network L is 1.007 bits, where a coin has 1: a true step back is not
-# quite a Gaussian, and less so the longer it is. In 100, 50 and 20 steps L is 1.07, 1.16 and 1.55
-# bits. Hence a thousand steps.
+# For one pixel and its perfect network L is 1.007 bits, where a coin has 1: a true step back is
+# wider than β̃_t, by the doubt about x_0. Longer steps cost more: in 100, 50 and 20 of them L is
+# 1.07, 1.16 and 1.55 bits. So T is large, and even a perfect network does not sample exactly.
 #
 # Our pictures have an entropy of 17.3 bits (computed in test_ddpm.py). The supplied network pays @@
-# bits above t = 100 and @@ below (@@ pictures; sample.py --score). The first part says which shapes
-# there are, and where. It may be compared with the entropy, as at t = 100 hardly a doubt about x_0
-# is left. The second pays for greys that nobody sees. There the factor in Eq. 12 is large: 0.6 at
-# t = 2, but 0.005 at t = 350 and 0.01 at T. Eq. 14 drops it. The best guess at each t remains the
-# same, but the effort goes to where pictures take shape. The bound gets worse and the samples
-# better (Ho, Table 1), as a code pays for the whole path and a sample only needs its end.
+# bits above t = 100 and @@ below (3,996 pictures; sample.py --score). The first part says which
+# shapes there are, and where. It may be compared with the entropy: for any network it is at least
+# what x_100 tells about x_0, and that is nearly all. The second part pays for differences from ±1
+# that nobody sees. At the smallest t the factor in Eq. 12 is large: 0.6 at t = 2, but 0.005 at
+# t = 350 and 0.01 at T. Eq. 14 drops it. The best guess at each t remains the same, but the effort
+# goes to where pictures take shape. The bound gets worse and the samples better (Ho, Table 1): a
+# code must tell every step of the path, a sample only needs its end.
 
 
 # ==== 6. Fewer steps, and the score ===============================================================
@@ -346,31 +343,30 @@ def bound(model, schedule, x_0, generator, steps=T):
 #     x_s = √ᾱ_s x̂_0 + √(1 - ᾱ_s - σ²) ε_θ + σ z
 #     σ² = η² (1 - ᾱ_s)/(1 - ᾱ_t) (1 - ᾱ_t/ᾱ_s) = η² (1 - ᾱ_s) (1 - SNR(t)/SNR(s))
 #
-# With η = 1 and s = t - 1, σ² is β̃_t and this is Algorithm 2. With η = 0 nothing is random but
-# x_T, and all walks of one pixel end on the side where they began (pixel.png, right). A long step
-# trusts x̂_0 more than a short one, and at t = T an error of ε is 157 times as large in x_0. So x̂_0
-# is clipped to [-1, 1], which Ho's own program does in Algorithm 2, too.
+# With η = 1 and s = t - 1, σ² is β̃_t and this is Algorithm 2, but for one thing: a long step trusts
+# x̂_0 more than a short one, and at t = T an error of ε is 157 times as large in x_0. So x̂_0 is
+# clipped to [-1, 1], which Ho's own program does in Algorithm 2, too. With η = 0 nothing is random
+# but x_T, and all walks of one pixel end on the side where they began (pixel.png, right).
 #
 # THE SCORE ∇ log q(x_t) points to where x_t would be more likely. Other texts learn it. Up to a
-# factor it is ε_θ: ∇ log q(x_t) = E[∇ log q(x_t | x_0) | x_t] = -E[ε | x_t]/√(1 - ᾱ_t). Following it
-# in small steps with noise is Langevin dynamics, which Algorithm 2 resembles. With η = 0 and many
-# steps the walk solves an ordinary differential equation (ODE): its end depends on x_T, and hardly
-# on the number of steps (@@).
+# factor it is ε_θ: ∇ log q(x_t) = E[∇ log q(x_t | x_0) | x_t] = -E[ε | x_t]/√(1 - ᾱ_t). To follow
+# it in small steps with noise is Langevin dynamics, which Algorithm 2 resembles. With η = 0 and
+# many steps the walk solves an ordinary differential equation (ODE). Then the end depends on x_T
+# alone: of 32 samples @@ are the same in 20 and in 50 steps, @@ in 50 and in 100.
 @torch.no_grad()
 def ddim(model, schedule, x_T, steps, eta, generator):
-    """DDIM in 1 to T steps, with eta from 0 (no fresh noise) to 1. Otherwise as algorithm_2."""
+    """DDIM in 1 to T steps, with eta from 0 (no fresh noise) to 1. For the rest see algorithm_2."""
     x_t = x_T
     yield T, x_t
     for t, s in pairwise([*visited_steps(steps).tolist(), 0]):
         z = torch.randn(x_T.shape, generator=generator).to(x_T.device)
         times = torch.full((len(x_T),), t, device=x_T.device)  # (B,)
         x_0_hat = predict_x_0(schedule, x_t, times, model(x_t, times)).clamp(-1, 1)
-        at_t, at_s = schedule.alpha_bar[t], schedule.alpha_bar[s]
-        now, then = schedule.one_minus_alpha_bar[t], schedule.one_minus_alpha_bar[s]
-        eps_theta = (x_t - at_t.sqrt() * x_0_hat) / now.sqrt()  # Eq. 4: x_0_hat was clipped
-        variance = eta**2 * then * (1 - schedule.snr[t] / schedule.snr[s])  # σ²
-        old = then - variance
-        x_t = at_s.sqrt() * x_0_hat + old.sqrt() * eps_theta + variance.sqrt() * z  # x_s
+        alpha_bar, one_minus = schedule.alpha_bar, schedule.one_minus_alpha_bar
+        eps_theta = (x_t - alpha_bar[t].sqrt() * x_0_hat) / one_minus[t].sqrt()  # after the clip
+        variance = eta**2 * one_minus[s] * (1 - schedule.snr[t] / schedule.snr[s])  # σ²
+        x_t = alpha_bar[s].sqrt() * x_0_hat + (one_minus[s] - variance).sqrt() * eps_theta
+        x_t = x_t + variance.sqrt() * z  # x_t has become x_s
         yield s, x_t
 
 
@@ -379,9 +375,10 @@ def ddim(model, schedule, x_T, steps, eta, generator):
 # ε_θ is a U-Net: from 32x32 pixels down to 4x4, to see the whole picture, and up again.
 #
 # TIME. One network serves all t and must know which: a bright speck is noise at t = 900 and part of
-# the picture at t = 5. As bare numbers, 500 and 501 would look the same. Sines and cosines tell t
-# like the hands of a clock: the fastest tell t from t + 1, the slowest early from late, and as the
-# frequencies are geometric, no scale is left out (Vaswani et al. 2017, arXiv 1706.03762, 3.5).
+# the picture at t = 5. As bare numbers, t = 1 and t = 2 would look the same, though their noise
+# differs by half. Sines and cosines tell t like the hands of a clock: the fast ones t from t + 1,
+# the slow ones early from late, and as the frequencies are geometric, no scale between is left out
+# (Vaswani et al. 2017, arXiv 1706.03762, Section 3.5).
 def time_embedding(t, dim):
     """Sines and cosines of t. t: int64 (B,); dim: even. Returns float32 (B, dim) in [-1, 1]."""
     share = torch.arange(dim // 2, device=t.device) / (dim // 2)  # (dim / 2,), from 0 to almost 1
@@ -391,7 +388,7 @@ def time_embedding(t, dim):
 
 
 def zero_init(layer):
-    """The last layer of a block starts at 0: so it adds nothing at first. That trains more easily."""
+    """Starts the last layer of a block at 0: the block adds nothing at first, to train easily."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -419,9 +416,9 @@ class ResBlock(nn.Module):
 
 # ATTENTION. A 3x3 convolution sees only neighbours. In self-attention every place has a query, a
 # key and a value, vectors of d numbers, and receives a mean of all values, weighted by how well its
-# query matches their keys: softmax(q k^T / √d) v (Vaswani et al. 2017, Eq. 1). A sum of d products
-# grows like √d. Undivided, the weights would soon be near 0 or 1, where a softmax has hardly any
-# gradient. The cost grows with the square of the places, so larger pictures are averaged to 8x8.
+# query matches their keys: softmax(q k^T / √d) v (Vaswani et al. 2017, Eq. 1). Without √d, the size
+# of a sum of d products, the softmax would soon be near 0 or 1, with hardly any gradient. The cost
+# grows with the square of the number of places, so larger pictures are averaged to 8x8.
 class Attention(nn.Module):
     """Self-attention with one head, a residual block: (B, C, H, W) -> (B, C, H, W)."""
 
@@ -465,15 +462,14 @@ class Up(nn.Module):
 #      8x8               down --------------- up (three blocks: corners of shapes lie on this grid)
 #      4x4                  middle (512 channels)
 #
-# Half of the weights are at 4x4, where channels are many, and two thirds of the multiplications at
-# 8x8: a weight there is used at 64 places, at 4x4 at 16.
+# Nearly all weights are at 4x4 and 8x8, where channels are many, half of them at each. But a weight
+# is used at 16 places at 4x4 and at 64 at 8x8, so two thirds of all multiplications are at 8x8.
 #
-# Not as in Ho:  2.5 million weights, not 35.7: fewer channels, and blocks a level (1 for 2 or 3)
-#                skips are added, not concatenated
-#                attention at all four sizes, on means above 8x8, not in every block at 16x16 only
-#                blocks at 4x4 have 64 channels inside, not 512
-#                halving is a mean and doubling a copy, without 3x3 convolutions
-#                norms over 8 channels, not over a 32nd of them; no dropout; PyTorch's first weights
+# Not as in Ho (in brackets what Ho has): 2.5 million weights (35.7 million); on the way down one
+# block a level (2), on the way up three, one and one (3); no dropout; skips added (concatenated);
+# attention once a level, above 8x8 on means (in each block at 16x16, once at 4x4); blocks at 4x4
+# have 512 channels outside and 64 inside (256); halving is a mean and doubling a copy (with a 3x3
+# convolution); norms over 8 channels (a 32nd of them); PyTorch's default initialisation.
 class UNet(nn.Module):
     """The network. channels: at 32x32, 16x16 and 8x8. bottleneck: at 4x4. narrow: inside the blocks
     and the attention there. time_dim: of the time vector, even. Channels are multiples of 8."""

@@ -181,8 +181,7 @@ def score(x, training=()):
     known = {picture.tobytes() for picture in training}
     n, copies, kinds, numbers = len(pictures), 0, [0, 0, 0, 0], [0, 0, 0]
     for picture in pictures:
-        if any(image.tobytes() in known for image in mirror_images(picture)):
-            copies += 1
+        copies += any(image.tobytes() in known for image in mirror_images(picture))
         found = [kind for kind, _ in explain(picture)]
         if 1 <= len(found) <= 3 and None not in found:
             numbers[len(found) - 1] += 1

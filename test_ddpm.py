@@ -474,14 +474,16 @@ def test_a_forgotten_resume_and_a_loss_that_is_not_finite_lose_nothing(tmp_path)
 
 
 def test_sampling_from_the_command_line(tmp_path, monkeypatch, capsys):
-    """Catches: a flag that is not used, a file that is missing, a picture that cannot be drawn."""
-    run_train(tmp_path / "checkpoints", "--epochs=1")
+    """Catches: a flag or weights that are not used, a picture that is missing or cannot be drawn."""
+    state = run_train(tmp_path / "checkpoints", "--epochs=1")
+    torch.save({**state, "average": awake(small()).state_dict()}, tmp_path / "other.pt")
     monkeypatch.chdir(tmp_path)
     pictures = []
-    for flags in ("--seed=1", "--seed=1", "--seed=2", "--eta=0.5", "--steps=4"):
-        sample.main(["--device=cpu", "--n=3", "--steps=3", "--output=a.png", flags], small)
+    for flags in ("", "", "--seed=2", "--eta=0.5", "--steps=4", "--checkpoint=other.pt"):
+        words = ["--device=cpu", "--n=1", "--steps=3", "--output=a.png", *flags.split()]
+        sample.main(words, small)
         pictures.append(Path("a.png").read_bytes())
-    assert pictures[0] == pictures[1] and len({*pictures}) == 4
+    assert pictures[0] == pictures[1] and len({*pictures}) == 5
     for flags in ("--explain", "--show-process", "--process", "--score --n=8"):
         sample.main(["--device=cpu", "--steps=5", *flags.split()], small)
     out = capsys.readouterr().out
@@ -525,9 +527,9 @@ def test_a_broken_checkpoint_gets_one_line(main, flag, tmp_path, monkeypatch):
         assert "\n" not in stop.value.code and not Path("it ran").exists()
 
 
-MISTAKES = """train.py --epochs -5, train.py --lr 0, train.py --samples 10, train.py --seed -1,
-    train.py --resume, train.py --device tpu, sample.py --steps 0, sample.py --n 0,
-    sample.py --process --n 17, sample.py --eta 2, sample.py --checkpoint no.pt,
+MISTAKES = """train.py --epochs -5, train.py --epochs 0, train.py --lr 0, train.py --samples 10,
+    train.py --seed -1, train.py --resume, train.py --device tpu, sample.py --steps 0,
+    sample.py --n 0, sample.py --process --n 17, sample.py --eta 2, sample.py --checkpoint no.pt,
     sample.py --output a.txt, sample.py --output no/a.png"""
 
 
@@ -568,6 +570,7 @@ def test_modal_trains_and_goes_on_after_a_restart(tmp_path):
         words = ["--samples=16", "--batch-size=16", "--device=cpu", f"--epochs={epochs}"]
         assert modal_train.train.local(words, "a run", folder, script) == 0
         assert len(torch.load(folder / "latest.pt", weights_only=True)["history"]) == epochs
+    assert [path.name for path in folder.glob("before_*")] == ["before_a run"]
     assert (folder / "before_a run/latest.pt").exists() and (folder / "logs").is_dir()
     assert modal_train.train.local(["--epochs=-1"], "another", folder, script) == 2
 

@@ -1,6 +1,6 @@
 """Trains the network: python train.py, on CUDA, MPS or a CPU, whatever is there.
 
-Each epoch it saves checkpoints/latest.pt (for --resume), the best so far as best.pt (for sample.py),
+Each epoch it saves checkpoints/latest.pt (for --resume), the best one as best.pt (for sample.py)
 and a curve, loss.png. To watch it in TensorBoard: tensorboard --logdir logs
 """
 
@@ -19,8 +19,6 @@ from tqdm import tqdm
 import ddpm
 import shapes
 
-FLAGS = ("epochs", "samples", "batch_size", "lr", "seed")  # those that a checkpoint keeps
-
 
 def parse(argv):
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
@@ -36,7 +34,7 @@ def parse(argv):
     p.add_argument("--checkpoints", type=Path, default="checkpoints", help="(checkpoints)")
     p.add_argument("--logs", type=Path, default="logs", help="for TensorBoard (logs)")
     args = p.parse_args(argv)
-    if min(args.epochs or 1, args.batch_size, args.lr) <= 0 or args.seed < 0:
+    if args.epochs == 0 or min(args.epochs or 1, args.batch_size, args.lr) <= 0 or args.seed < 0:
         p.error("--epochs, --batch-size and --lr must be above 0, --seed not below")
     if args.batch_size > args.samples:
         p.error("--batch-size must not be above --samples")
@@ -79,7 +77,7 @@ def main(argv, network=ddpm.UNet):
     optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.99), fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     parts = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}
-    flags = {name: getattr(args, name) for name in FLAGS}
+    flags = {k: getattr(args, k) for k in ("epochs", "samples", "batch_size", "lr", "seed")}
     history, run = [], time.strftime("%Y-%m-%d_%H-%M-%S")
     if args.resume:
         try:
@@ -109,9 +107,8 @@ def main(argv, network=ddpm.UNet):
             x_0 = shapes.mirror(data[batch], generator).to(args.device)  # (B, 1, 32, 32)
             losses.append(ddpm.algorithm_1(net, schedule, optimizer, x_0, generator, triangle_t))
             scheduler.step()
-            # Samples come from an average of the weights, as noisy gradients shake them (Ho,
-            # Appendix B). BEYOND THE PAPER it is over about the last ninth of the steps so far: with
-            # Ho's fixed decay, 0.9999, the random first weights would count for 10,000 steps.
+            # Samples come from an average of the weights (Ho, Appendix B). BEYOND THE PAPER it is
+            # over a ninth of the steps so far; Ho's, over 10,000, would begin with random weights.
             for mean, p in zip(average.parameters(), model.parameters()):
                 mean.lerp_(p.detach(), 9 / (10 + scheduler.last_epoch))
 
@@ -119,9 +116,7 @@ def main(argv, network=ddpm.UNet):
         bits = ddpm.bound(average, schedule, others, torch.Generator().manual_seed(0))[101:].sum()
         row = {"loss": torch.stack(losses).mean().item(), "bits": bits.item()}
         if not math.isfinite(row["loss"] + row["bits"]):
-            sys.exit(
-                f"error: the loss of epoch {epoch} is not finite; begin anew with a lower --lr"
-            )
+            sys.exit(f"error: the loss of epoch {epoch} is not finite; begin anew, with less --lr")
         if epoch == 1 and latest.exists():  # was --resume forgotten? Then keep the older run
             aside = args.checkpoints / f"before_{run}"
             aside.mkdir()

@@ -2,8 +2,8 @@
 
 THE IDEA. Take a picture and add a little Gaussian noise, a thousand times, until nothing of the
 picture is left. That direction is easy. For the way back, train a network: it sees a noisy picture
-and guesses the noise in it. To draw a new picture, start from pure noise, take away a little of the
-guessed noise, add some fresh noise, and guess again, a thousand times.
+and how many times noise was added, and guesses the noise. To draw a new picture, start from pure
+noise, take away a little of the guessed noise, add some fresh noise, and guess again.
 
     x_0  ->  x_1  ->  x_2  ->  ...  ->  x_T      forward process q: fixed, adds noise
     x_0  <-  x_1  <-  x_2  <-  ...  <-  x_T      reverse process p: learned, removes noise
@@ -29,8 +29,8 @@ That is two algorithms, printed here as in the paper:
     letter   in code              meaning
     x_0      x_0                  a picture, drawn (~) from the distribution of the data, q(x_0)
     x_t      x_t                  the picture after t of T = 1000 noising steps
-    ε        eps                  the noise in x_t: for each pixel a Gaussian number from N(0, I),
-                                  with mean 0 and variance 1
+    ε        eps                  the noise in x_t before it is scaled: from N(0, I), so each pixel
+                                  has a Gaussian number of its own, with mean 0 and variance 1
     ε_θ      eps_theta            the noise that the network guesses, with its weights θ
     β_t      beta                 the variance of the noise that step t adds
     α_t, ᾱ_t alpha, alpha_bar     1 - β_t, and the product α_1 α_2 ... α_t
@@ -41,7 +41,7 @@ The paper is Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", 2020
 2006.11239); the numbers of equations are its own. A line that changes the shape of a tensor ends
 with the new shape: B pictures in a batch, C channels, H x W pixels.
 
-    python ddpm.py      prints the bounds of section 5, saves forward.png and pixel.png
+    python ddpm.py      prints numbers of sections 4 and 5, saves forward.png and pixel.png
 """
 
 import math
@@ -67,25 +67,25 @@ from torch import nn
 # To reach x_t we need not walk. A sum of independent Gaussians is a Gaussian, and their variances
 # add up. So, with α_t = 1 - β_t, two steps are one:
 #
-#     x_2 = √α_2 x_1 + √(1 - α_2) z'                                          z, z', ε ~ N(0, I)
-#         = √α_2 (√α_1 x_0 + √(1 - α_1) z) + √(1 - α_2) z'
+#     x_2 = √α_2 x_1 + √(1 - α_2) ε_2                                       ε_1, ε_2, ε ~ N(0, I)
+#         = √α_2 (√α_1 x_0 + √(1 - α_1) ε_1) + √(1 - α_2) ε_2
 #         = √(α_2 α_1) x_0 + √(1 - α_2 α_1) ε            as α_2 (1 - α_1) + (1 - α_2) = 1 - α_2 α_1
 #
 # After t steps the product ᾱ_t = α_1 α_2 ... α_t has taken the place of α_2 α_1:
 #
 #     x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε                                                          (Eq. 4)
 #
-# At t = T the factor of x_0 is 0.0064, so sampling can start from pure noise. Another β that ends
-# there changes no formula below, only how many steps and how much training a level of noise gets.
+# At t = T the factor of x_0 is 0.0064, so sampling can start from pure noise. Another β with this
+# end changes no formula below, only how steps and training are spread over the levels of noise.
 
 T = 1000
 
 
 class Schedule:
-    """beta, alpha, alpha_bar, one_minus_alpha_bar, snr: float32 (T + 1,), indexed by the paper's t.
+    """beta, alpha, alpha_bar, one_minus_alpha_bar; snr = alpha_bar / one_minus_alpha_bar.
 
-    beta[1] belongs to the first step, beta[T] to the last; alpha_bar[0] = 1 and snr[0] = inf to the
-    clean picture. Computed in float64: in float32 1 - alpha_bar[1] would be wrong by 0.02 %.
+    All float32 (T + 1,), indexed by the paper's t: beta[1] is of the first step, alpha_bar[0] = 1
+    of the clean picture. Computed in float64: float32 would make 1 - alpha_bar[1] wrong by 0.02 %.
     """
 
     def __init__(self, device="cpu"):
@@ -107,7 +107,7 @@ class Schedule:
 def q_sample(schedule, x_0, t, eps):
     """Draws x_t from q(x_t | x_0), Eq. 4: float32 (B, C, H, W).
 
-    x_0: float32 (B, C, H, W) in [-1, 1]. t: int64 (B,), in 0..T. eps: standard normal, as x_0.
+    x_0: float32 (B, C, H, W) in [-1, 1]. t: int64 (B,), in 0..T. eps: from N(0, I), as large.
     """
     signal, noise = schedule.signal_and_noise(t)
     return signal * x_0 + noise * eps
@@ -128,15 +128,15 @@ def loss_fn(model, schedule, x_0, t, eps):
     """L_simple (Eq. 14) for given t and ε, as a mean over pictures and pixels: a 0-d tensor.
 
     model: anything that is called as model(x_t, t) and returns a guess of eps.
-    x_0: float32 (B, C, H, W) in [-1, 1]. t: int64 (B,), in 1..T. eps: standard normal, as x_0.
+    x_0: float32 (B, C, H, W) in [-1, 1]. t: int64 (B,), in 1..T. eps: from N(0, I), as large.
     """
     x_t = q_sample(schedule, x_0, t, eps)
     return F.mse_loss(model(x_t, t), eps)
 
 
-# What does a network learn from this loss? By Eq. 4 an error of ε is, at each t, a multiple of the
-# error of x_0, so look at x_0. Many pictures could be behind the same x_t, some more likely than
-# others. A guess c has the expected squared error
+# What does a network learn from this loss? At each t the errors of ε and x_0 are proportional (Eq.
+# 4), so look at x_0. Many pictures could be behind the same x_t, some more likely than others. A
+# guess c has the expected squared error
 #
 #     E[ ‖x_0 - c‖² | x_t ] = E[ ‖x_0 - m‖² | x_t ] + ‖m - c‖²           with m = E[ x_0 | x_t ]
 #
@@ -169,7 +169,7 @@ def algorithm_1(model, schedule, optimizer, x_0, generator, draw_t=uniform_t):
 #
 # If x_0 were known, we would know two things about x_{t-1}: it was made from x_0 (Eq. 4), and x_t
 # was made from it (Eq. 2). By Bayes' rule, and as step t does not look at x_0 (the Markov property:
-# q(x_t | x_{t-1}, x_0) = q(x_t | x_{t-1})), the posterior of x_{t-1} is their product,
+# q(x_t | x_{t-1}, x_0) = q(x_t | x_{t-1})), the posterior of x_{t-1} is, up to a constant,
 #
 #     q(x_{t-1} | x_t, x_0)  ∝  q(x_{t-1} | x_0)  q(x_t | x_{t-1})
 #
@@ -194,10 +194,10 @@ def algorithm_1(model, schedule, optimizer, x_0, generator, draw_t=uniform_t):
 #
 # A step back draws from a Gaussian around this mean. Why does it not just take the mean? In a mean
 # noise averages out, but the network was trained on x_{t-1} with all of its noise. So the step puts
-# back, as fresh noise σ_t z, what the average lost. Without it samples are empty (README, exercise
-# 2). The paper tries σ_t² = β_t, right if the data is N(0, I), and σ_t² = β̃_t, right if it is one
-# single picture (Ho, Section 3.2). They differ only at small t: β̃_t/β_t is 0.98 at t = 100, 0.85 at
-# t = 10, and 0 at t = 1. We take β̃_t: the last step adds no noise, as line 3 says.
+# back noise that the average lost, as fresh noise σ_t z. Without it samples are empty (README,
+# exercise 2). The paper tries σ_t² = β_t, right if the data is N(0, I), and σ_t² = β̃_t, right if it
+# is one single picture (Ho, Section 3.2). They differ mainly at small t: β̃_t/β_t is 0.98 at
+# t = 100, 0.85 at t = 10, and 0 at t = 1. We take β̃_t: the last step adds no noise, as line 3 says.
 @torch.no_grad()
 def algorithm_2(model, schedule, x_T, generator):
     """Algorithm 2. Yields (t, x_t) for t = T, ..., 0: first x_T as given, last the samples x_0.
@@ -257,8 +257,8 @@ def perfect_model(schedule, data):
 #
 # A PICTURE. With 2,000 training pictures as the data, E[x_0 | x_t] is a blur that becomes sharp as
 # t falls (forward.png, lower row), and Algorithm 2 returns training pictures: of 16 samples 16 are
-# copies to the last pixel. So the least loss is memory, and what is new in the samples of a trained
-# network comes from what it cannot do. One that memorises shows it in two ways: its loss on other
+# copies to the last pixel. So the least training loss is memory, and what is new in the samples of
+# a trained network comes from what it cannot do. One that memorises shows it: its loss on other
 # pictures rises, and more of its samples than of new real pictures are copies (sample.py --score).
 
 
@@ -273,7 +273,7 @@ def perfect_model(schedule, data):
 # bound. With E_q for the mean over the x_1, ..., x_T that q makes from x_0,
 #
 #     -log p_θ(x_0) = -log E_q[ p_θ(x_0, ..., x_T) / q(x_1, ..., x_T | x_0) ]
-#                  <= E_q[ -log p_θ(x_0, ..., x_T) / q(x_1, ..., x_T | x_0) ] = L            (Eq. 3)
+#                  <= E_q[ -log( p_θ(x_0, ..., x_T) / q(x_1, ..., x_T | x_0) ) ] = L         (Eq. 3)
 #
 # since -log of a mean is at most the mean of -log (Jensen's inequality). L is the variational
 # bound, and -L the evidence lower bound (ELBO). By section 3, q can be written backwards, as
@@ -291,12 +291,12 @@ def perfect_model(schedule, data):
 #             = E_q[ β_t²/(2 σ_t² α_t (1 - ᾱ_t)) ‖ε - ε_θ(x_t, t)‖² ]                       (Eq. 12)
 #
 # The two other terms are next to nothing. L_T has no weights in it and is -log(1 - ᾱ_T)/2 for a
-# pixel of ±1: 0.03 bits a picture. In L_0 a pixel of two values needs only a sign, and with
-# σ_1² = β_1 (Eq. 13) that of μ_θ(x_1, 1) is certain unless it is within a few σ_1 = 0.01 of 0.
-# In bits (log to the base of 2), L is the length of a code for the picture, made from this model.
+# pixel of ±1: 0.03 bits a picture. In L_0 only the sign of a pixel counts, and with σ_1² = β_1
+# (Eq. 13) it is certain unless μ_θ(x_1, 1) is within a few σ_1 = 0.01 of 0.
+# In bits (log to the base of 2), L is the mean length of a code for the picture, by this model.
 # No code is on average shorter than the entropy of the data.
 def visited_steps(steps):
-    """The t of a walk of 1 to T steps, evenly spaced: int64 (steps,), from T down to 1."""
+    """The t of a walk of 2 to T steps, evenly spaced: int64 (steps,), from T down to 1."""
     return torch.linspace(T, 1, steps, dtype=torch.float64).round().long()  # (steps,)
 
 
@@ -323,8 +323,8 @@ def bound(model, schedule, x_0, generator, steps=T):
 # wider than β̃_t, by the doubt about x_0. Longer steps cost more: in 100, 50 and 20 of them L is
 # 1.07, 1.16 and 1.55 bits. So T is large, and even a perfect network does not sample exactly.
 #
-# Our pictures have an entropy of 17.3 bits (computed in test_ddpm.py). The supplied network pays @@
-# bits above t = 100 and @@ below (3,996 pictures; sample.py --score). The first part says which
+# Our pictures have an entropy of 17.3 bits (computed in test_ddpm.py). The supplied network pays 23
+# bits above t = 100 and 272 below (3,996 pictures; sample.py --score). The first part says which
 # shapes there are, and where. It may be compared with the entropy: for any network it is at least
 # what x_100 tells about x_0, and that is nearly all. The second part pays for differences from ±1
 # that nobody sees. At the smallest t the factor in Eq. 12 is large: 0.6 at t = 2, but 0.005 at
@@ -348,11 +348,11 @@ def bound(model, schedule, x_0, generator, steps=T):
 # clipped to [-1, 1], which Ho's own program does in Algorithm 2, too. With η = 0 nothing is random
 # but x_T, and all walks of one pixel end on the side where they began (pixel.png, right).
 #
-# THE SCORE ∇ log q(x_t) points to where x_t would be more likely. Other texts learn it. Up to a
-# factor it is ε_θ: ∇ log q(x_t) = E[∇ log q(x_t | x_0) | x_t] = -E[ε | x_t]/√(1 - ᾱ_t). To follow
-# it in small steps with noise is Langevin dynamics, which Algorithm 2 resembles. With η = 0 and
-# many steps the walk solves an ordinary differential equation (ODE). Then the end depends on x_T
-# alone: of 32 samples @@ are the same in 20 and in 50 steps, @@ in 50 and in 100.
+# THE SCORE ∇ log q(x_t) points to where x_t would be more likely. Other texts learn it. At each t,
+# ε_θ is a guess of a multiple: ∇ log q(x_t) = E[∇ log q(x_t | x_0) | x_t] = -E[ε | x_t]/√(1 - ᾱ_t).
+# To follow it in small steps with noise is Langevin dynamics, which Algorithm 2 resembles. With
+# η = 0 the walk approximates an ordinary differential equation (ODE): the number of steps matters
+# little. Of 32 samples 24 are the same in 20 and in 50 steps, 30 in 50 and in 100.
 @torch.no_grad()
 def ddim(model, schedule, x_T, steps, eta, generator):
     """DDIM in 1 to T steps, with eta from 0 (no fresh noise) to 1. For the rest see algorithm_2."""
@@ -375,8 +375,8 @@ def ddim(model, schedule, x_T, steps, eta, generator):
 # ε_θ is a U-Net: from 32x32 pixels down to 4x4, to see the whole picture, and up again.
 #
 # TIME. One network serves all t and must know which: a bright speck is noise at t = 900 and part of
-# the picture at t = 5. As bare numbers, t = 1 and t = 2 would look the same, though their noise
-# differs by half. Sines and cosines tell t like the hands of a clock: the fast ones t from t + 1,
+# the picture at t = 5. As bare numbers, t = 1 and t = 2 would look alike, though √(1 - ᾱ_t) grows
+# by half. Sines and cosines tell t like the hands of a clock: the fast ones t from t + 1,
 # the slow ones early from late, and as the frequencies are geometric, no scale between is left out
 # (Vaswani et al. 2017, arXiv 1706.03762, Section 3.5).
 def time_embedding(t, dim):
@@ -388,7 +388,7 @@ def time_embedding(t, dim):
 
 
 def zero_init(layer):
-    """Starts the last layer of a block at 0: the block adds nothing at first, to train easily."""
+    """Starts a last layer at 0: a block then adds nothing at first, which is easier to train."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

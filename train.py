@@ -42,16 +42,16 @@ def parse(argv):
 
 
 def rate(step):
-    """BEYOND THE PAPER, where it is 1: the learning rate, in units of --lr. It rises for 500 steps,
-    as the first gradients say little, and falls from step 2,000 on, to 1 at step 16,000, as small
-    corrections come last. Price: @@"""
+    """BEYOND THE PAPER, where it is 1: the learning rate in units of --lr. It rises for 500 steps, as
+    the first gradients say little, and falls from step 2,000 on, to 1 at step 16,000, as small
+    corrections come last. Not yet priced on its own."""
     return min(8 * (step + 1) / 500, 8, 16_000 / (step + 1))
 
 
 def triangle_t(n, generator):
     """BEYOND THE PAPER, where t is uniform: n values of t, int64 (n,), in 1..T. As the mean of two
     uniform draws, most lie near T / 2, where pictures are decided. Every 16th is uniform: otherwise
-    the last steps would hardly be trained and leave grey pixels. Price: @@"""
+    the last steps would hardly be trained. After ten epochs 35.7 bits, with uniform t 41.7."""
     a, b = torch.randint(1, ddpm.T + 1, (2, n), generator=generator)  # (n,) each
     t = (a + b) // 2
     t[::16] = a[::16]
@@ -73,7 +73,7 @@ def main(argv, network=ddpm.UNet):
     schedule = ddpm.Schedule(args.device)
     model = network().to(args.device, memory_format=torch.channels_last)  # the faster layout
     average = copy.deepcopy(model).requires_grad_(False)
-    # BEYOND THE PAPER, where betas[1] is 0.999. Price: @@
+    # BEYOND THE PAPER, where betas[1] is 0.999: after five epochs 63.3 bits, with 0.999 62.6.
     optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.99), fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     parts = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}

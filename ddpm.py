@@ -296,7 +296,7 @@ def perfect_model(schedule, data):
 # In bits (log to the base of 2), L is the mean length of a code for the picture, by this model.
 # No code is on average shorter than the entropy of the data.
 def visited_steps(steps):
-    """The t of a walk of 2 to T steps, evenly spaced: int64 (steps,), from T down to 1."""
+    """The t of a walk, evenly spaced: int64 (steps,), from T down to 1; T alone for one step."""
     return torch.linspace(T, 1, steps, dtype=torch.float64).round().long()  # (steps,)
 
 
@@ -356,15 +356,15 @@ def bound(model, schedule, x_0, generator, steps=T):
 @torch.no_grad()
 def ddim(model, schedule, x_T, steps, eta, generator):
     """DDIM in 1 to T steps, with eta from 0 (no fresh noise) to 1. For the rest see algorithm_2."""
+    alpha_bar, one_minus, snr = schedule.alpha_bar, schedule.one_minus_alpha_bar, schedule.snr
     x_t = x_T
     yield T, x_t
     for t, s in pairwise([*visited_steps(steps).tolist(), 0]):
         z = torch.randn(x_T.shape, generator=generator).to(x_T.device)
         times = torch.full((len(x_T),), t, device=x_T.device)  # (B,)
         x_0_hat = predict_x_0(schedule, x_t, times, model(x_t, times)).clamp(-1, 1)
-        alpha_bar, one_minus = schedule.alpha_bar, schedule.one_minus_alpha_bar
         eps_theta = (x_t - alpha_bar[t].sqrt() * x_0_hat) / one_minus[t].sqrt()  # after the clip
-        variance = eta**2 * one_minus[s] * (1 - schedule.snr[t] / schedule.snr[s])  # σ²
+        variance = eta**2 * one_minus[s] * (1 - snr[t] / snr[s])  # σ²
         x_t = alpha_bar[s].sqrt() * x_0_hat + (one_minus[s] - variance).sqrt() * eps_theta
         x_t = x_t + variance.sqrt() * z  # x_t has become x_s
         yield s, x_t
@@ -376,9 +376,9 @@ def ddim(model, schedule, x_T, steps, eta, generator):
 #
 # TIME. One network serves all t and must know which: a bright speck is noise at t = 900 and part of
 # the picture at t = 5. As bare numbers, t = 1 and t = 2 would look alike, though √(1 - ᾱ_t) grows
-# by half. Sines and cosines tell t like the hands of a clock: the fast ones t from t + 1,
-# the slow ones early from late, and as the frequencies are geometric, no scale between is left out
-# (Vaswani et al. 2017, arXiv 1706.03762, Section 3.5).
+# by half. Sines and cosines tell t like the hands of a clock: the fast ones t from t + 1, the slow
+# ones early from late, and as the frequencies are geometric, no scale between is left out (Vaswani
+# et al. 2017, arXiv 1706.03762, Section 3.5).
 def time_embedding(t, dim):
     """Sines and cosines of t. t: int64 (B,); dim: even. Returns float32 (B, dim) in [-1, 1]."""
     share = torch.arange(dim // 2, device=t.device) / (dim // 2)  # (dim / 2,), from 0 to almost 1

@@ -227,12 +227,13 @@ def algorithm_2(model, schedule, x_T, generator):
 def perfect_model(schedule, data):
     """The network with the least possible loss on data, float32 (N, C, H, W): a model(x_t, t)."""
     x_0 = data.flatten(1)  # (N, D), with D = C H W
+    squares = x_0.square().sum(1)  # (N,)
 
     def model(x_t, t):
         signal, noise = schedule.signal_and_noise(t)
         a, b = signal.flatten(1), noise.flatten(1)  # (B, 1) each
         # -‖x_t - a x_0‖² / 2, without ‖x_t‖², which is the same for all pictures:
-        fit = a * (x_t.flatten(1) @ x_0.mT) - a**2 * x_0.square().sum(1) / 2  # (B, N)
+        fit = a * (x_t.flatten(1) @ x_0.mT) - a**2 * squares / 2  # (B, N)
         w = (fit / b**2).softmax(1)  # (B, N)
         x_0_hat = (w @ x_0).view(x_t.shape)  # (B, C, H, W)
         return (x_t - signal * x_0_hat) / noise  # Eq. 4 solved for ε
@@ -528,13 +529,8 @@ if __name__ == "__main__":
     *_, (_, x) = algorithm_2(model, schedule, torch.randn(16, 1, 32, 32), generator)
     copies = shapes.score(x, training)["copies"]
     print(f"2,000 pictures: {copies:.0%} of 16 samples of their perfect network are copies")
-    figure, x_0 = shapes.figure(12, 3), shapes.to_model(training[3:4])
-    eps = torch.randn(1, 1, 32, 32, generator=generator)
-    for column, t in zip(figure.subplots(2, 8).T, (1, 200, 400, 500, 600, 700, 800, 1000)):
-        t = torch.tensor([t])
-        x_t = q_sample(schedule, x_0, t, eps)
-        for axes, x in zip(column, (x_t, predict_x_0(schedule, x_t, t, model(x_t, t)))):
-            axes.imshow(x[0, 0].numpy(), cmap="gray", vmin=-1, vmax=1)
-            axes.set(xticks=[], yticks=[])
-        column[0].set_title(f"t = {t.item()}")
-    figure.savefig("forward.png", dpi=100)
+    t = torch.tensor([1, 200, 400, 500, 600, 700, 800, 1000])
+    x_0 = shapes.to_model(training[[3]]).expand(8, -1, -1, -1)  # (8, 1, 32, 32)
+    x_t = q_sample(schedule, x_0, t, torch.randn(1, 1, 32, 32, generator=generator))
+    x_0_hat = predict_x_0(schedule, x_t, t, model(x_t, t))
+    shapes.tile(shapes.from_model(torch.cat([x_t, x_0_hat])), columns=8).save("forward.png")

@@ -3,6 +3,7 @@
 Good samples do not prove correct code. Every test here says what it would catch.
 """
 
+import functools
 import hashlib
 import itertools
 import math
@@ -29,6 +30,7 @@ T = ddpm.T
 BETA = np.append(0, np.linspace(1e-4, 0.02, T))  # in float64, apart from ddpm.py
 ALPHA_BAR = np.cumprod(1 - BETA)
 SCHEDULE = ddpm.Schedule()
+equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def seeded(seed):
@@ -64,7 +66,7 @@ def test_the_data_are_the_same_bytes_everywhere_and_closed_under_mirror_images()
 
 
 def test_model_range_and_back_and_pictures_for_people():
-    """Catches: pictures scaled to [0, 1], a grid out of order, a wrong colour."""
+    """Catches: pictures scaled to [0, 1], a grid out of order, a wrong colour, up-down mirroring."""
     pictures = shapes.make_dataset(20, seed=0)
     x = shapes.to_model(pictures)  # (20, 1, 32, 32)
     assert x.dtype == torch.float32 and x.unique().tolist() == [-1, 1]
@@ -75,6 +77,9 @@ def test_model_range_and_back_and_pictures_for_people():
     kind, blob = shapes.explain(pictures[0])[0]
     colour = shapes.COLOURS[shapes.KINDS.index(kind)]
     assert np.allclose(shapes.coloured(pictures)[0][blob], colour)
+    mirrored = shapes.mirror(x.expand(-1, 9, -1, -1), seeded(0))[:, 0]
+    turned = (mirrored == x[:, 0].flip(2)).all((1, 2))
+    assert 4 < turned.sum() < 16 and torch.equal(mirrored[~turned], x[~turned, 0])
 
 
 def test_real_pictures_are_right_and_others_are_not():
@@ -108,15 +113,12 @@ def test_the_score_counts():
 
 def chance(order):
     """Of drawing these boxes, each (kind, y, x, height, width), one after the other."""
-    p = 1
-    for i, (kind, _, _, h, w) in enumerate(order):
-        free = np.ones((33 - h, 33 - w), dtype=bool)[::4, ::4]
-        for _, y, x, height, width in order[:i]:
-            rows = np.arange(0, 33 - h, 4)[:, None]
-            columns = np.arange(0, 33 - w, 4)
-            apart = (rows + h < y) | (rows > y + height) | (columns + w < x) | (columns > x + width)
-            free = free & apart
-        p *= (1 - (1 - free.mean()) ** 30) / free.sum() / len(shapes.CATALOGUE[kind]) / 4
+    p, taken = 1, np.zeros((34, 34), dtype=bool)  # with a frame of one pixel
+    for kind, y, x, h, w in order:
+        places = itertools.product(range(0, 33 - h, 4), range(0, 33 - w, 4))
+        free = [not taken[i : i + h + 2, j : j + w + 2].any() for i, j in places]
+        p *= (1 - (1 - np.mean(free)) ** 30) / sum(free) / len(shapes.CATALOGUE[kind]) / 4
+        taken[y + 1 : y + h + 1, x + 1 : x + w + 1] = True
     return p
 
 
@@ -135,9 +137,8 @@ def test_the_entropy_of_the_data_is_17_3_bits():
         for order in itertools.permutations(boxes):
             kinds = tuple(kind for kind, *_ in order)
             if kinds not in fits:
-                drawn = [shapes.draw_picture(kinds, rng) is not None for _ in range(100)]
-                fits[kinds] = np.mean(drawn)
-            p += chance(order) / fits[kinds]
+                fits[kinds] = sum(shapes.draw_picture(kinds, rng) is not None for _ in range(100))
+            p += chance(order) / fits[kinds] * 100
         bits[len(boxes)].append(-math.log2(p))
     numbers = {1: 0.36, 2: 0.48, 3: 0.16}  # with their probability
     entropy = sum(q * (np.mean(bits[n]) - math.log2(q)) for n, q in numbers.items())
@@ -234,11 +235,6 @@ def any_model(x, t):
     return SCHEDULE.signal_and_noise(t)[1] * (0.9 * x + 0.1 * x.roll(1, 3).tanh())
 
 
-def x_0_of(x_t, t, eps):
-    """Eq. 4 solved for x_0, in float64."""
-    return (x_t.double() - math.sqrt(1 - ALPHA_BAR[t]) * eps.double()) / math.sqrt(ALPHA_BAR[t])
-
-
 def test_the_loss_by_hand():
     """Catches: x_t for another t, a loss that is not Eq. 14."""
     x_0, eps = noise(4, 1, 32, 32).sign(), noise(4, 1, 32, 32, seed=1)
@@ -299,11 +295,13 @@ def test_a_step_back_is_bayes_rule():
 @pytest.mark.parametrize("steps, eta", [(T, 1.0), (T, 0.5), (7, 0.0), (7, 0.5), (7, 1.0)])
 def test_ddim_by_hand(steps, eta):
     """Catches: eta for eta squared, sigma that is added but not taken from the rest, a missing
-    clip, the eps of another guess; noise that the generator does not control."""
+    clip, the eps of another guess, noise that the generator does not control, t = 1 left out."""
     z, a = seeded(4), ALPHA_BAR
     walk = [*ddpm.ddim(any_model, SCHEDULE, noise(2, 1, 8, 8), steps, eta, seeded(4))]
+    assert len(walk) == steps + 1 and [t for t, _ in walk[-2:]] == [1, 0]
     for (t, x_t), (s, got) in itertools.pairwise(walk):
-        whole = x_0_of(x_t, t, any_model(x_t, torch.tensor([t])))
+        noise_part = math.sqrt(1 - a[t]) * any_model(x_t, torch.tensor([t])).double()
+        whole = (x_t.double() - noise_part) / math.sqrt(a[t])  # Eq. 4 solved for x_0
         guess = whole.clamp(-1, 1)
         assert t < T or whole.abs().max() > 1, "nothing to clip"
         eps = (x_t.double() - math.sqrt(a[t]) * guess) / math.sqrt(1 - a[t])
@@ -311,14 +309,6 @@ def test_ddim_by_hand(steps, eta):
         rest = math.sqrt(max(0, 1 - a[s] - sigma**2))
         x = math.sqrt(a[s]) * guess + rest * eps + sigma * torch.randn(x_t.shape, generator=z)
         assert torch.allclose(got.double(), x, atol=1e-4), t
-
-
-def test_both_ends_of_the_schedule_are_visited():
-    """Catches: sampling that starts below T or never reaches t = 1, repeated steps."""
-    for steps in (2, 3, 20, 50, 999, T):
-        times = ddpm.visited_steps(steps)
-        assert len(times) == steps and times[0] == T and times[-1] == 1
-        assert times.diff().max() <= -1 and times.diff().max() - times.diff().min() <= 1
 
 
 def test_the_perfect_network_is_bayes_rule_and_returns_its_data():
@@ -383,22 +373,25 @@ def run_train(folder, *flags, network=small):
     return torch.load(folder / "latest.pt", weights_only=True)
 
 
-def same(a, b):
-    """Whether two checkpoints, or parts of them, are equal, bit for bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 def test_one_epoch_and_one_more_are_two(tmp_path):
     """Catches: noise that repeats or differs, optimizer, rate or average not restored, flags lost."""
-    whole = run_train(tmp_path / "a", "--epochs=2", "--seed=1")
+    seen = []
+
+    def watched():
+        model = small()
+        model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[1].tolist())))
+        return model
+
+    whole = run_train(tmp_path / "a", "--epochs=2", "--seed=1", network=watched)
+    steps = [t for t in seen if len(t) == 16]  # of 16 pictures, four in an epoch
+    assert len(steps) == len({*steps}) == 8
     run_train(tmp_path / "b", "--epochs=1", "--seed=1")
     parts = run_train(tmp_path / "b", "--resume", "--epochs=2")
     for key in ("flags", "history", "model", "average", "optimizer", "scheduler"):
-        assert same(whole[key], parts[key]), key
+        equal(whole[key], parts[key])
     other = run_train(tmp_path / "c", "--epochs=2")
-    assert not same(whole["model"], other["model"]) and not same(whole["model"], whole["average"])
+    raw, average = whole["model"]["stem.weight"], whole["average"]["stem.weight"]
+    assert not torch.equal(raw, other["model"]["stem.weight"]) and not torch.equal(raw, average)
 
 
 def test_the_first_step_and_the_average(tmp_path):
@@ -416,30 +409,10 @@ def test_the_first_step_and_the_average(tmp_path):
     assert train.rate(15_999) == pytest.approx(1) and train.rate(0) < train.rate(499) == 8
 
 
-def test_every_picture_is_used_once_an_epoch_and_mirrored_by_chance(tmp_path):
-    """Catches: data that comes again in the next step, t or noise of the step before."""
-    seen = []
-
-    def watched():
-        model = small()
-        model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
-        return model
-
-    run_train(tmp_path, "--epochs=2", "--samples=32", network=watched)
-    steps = [(x_t, t) for x_t, t in seen if len(t) == 16]  # of 16 pictures, two in an epoch
-    assert len(steps) == len({tuple(t.tolist()) for _, t in steps}) == 4
-    x_t, t = (torch.cat(parts) for parts in zip(*steps[:2]))
-    data = shapes.to_model(shapes.make_dataset(32, seed=0))
-    both = torch.cat([data, data.flip(3)]).flatten(1)
-    nearest = torch.cdist(x_t[t < 400].flatten(1), both).argmin(1)
-    assert len((nearest % 32).unique()) == len(nearest) > 4
-    assert 0 < (nearest < 32).sum() < len(nearest) and len(x_t[:, 0, 0, 0].unique()) == 32
-
-
 def test_what_training_leaves(tmp_path, capsys):
     """Catches: a missing file, curve or picture; best.pt of another epoch, bits of raw weights; a
     finished run that says nothing."""
-    latest = run_train(tmp_path, "--epochs=6")
+    latest = run_train(tmp_path, "--epochs=5")
     best = torch.load(tmp_path / "best.pt", weights_only=True)
     bits, model = [row["bits"] for row in latest["history"]], small()
     assert best["history"] == latest["history"][: bits.index(min(bits)) + 1]
@@ -447,15 +420,15 @@ def test_what_training_leaves(tmp_path, capsys):
     others = shapes.to_model(shapes.make_dataset(999, [0, 1]))
     terms = ddpm.bound(model, SCHEDULE, others, seeded(0)).detach()
     assert bits[-1] == pytest.approx(terms[101:].sum().item(), rel=1e-4)
-    names = {"latest.pt", "best.pt", "loss.png", "samples_0005.png", "samples_0006.png", "logs"}
+    names = {"latest.pt", "best.pt", "loss.png", "samples_0005.png", "logs"}
     assert {path.name for path in tmp_path.iterdir()} == names
     (run,) = (tmp_path / "logs").iterdir()
     events = EventAccumulator(str(run)).Reload()
-    assert [event.step for event in events.Images("samples")] == [5, 6]
+    assert [event.step for event in events.Images("samples")] == [5]
     assert [event.value for event in events.Scalars("bits")] == pytest.approx(bits)
     files = [*tmp_path.rglob("*")]
     run_train(tmp_path, "--resume")
-    assert "6 epochs are done" in capsys.readouterr().out and files == [*tmp_path.rglob("*")]
+    assert "5 epochs are done" in capsys.readouterr().out and files == [*tmp_path.rglob("*")]
 
 
 def test_a_forgotten_resume_and_a_loss_that_is_not_finite_lose_nothing(tmp_path):
@@ -464,10 +437,10 @@ def test_a_forgotten_resume_and_a_loss_that_is_not_finite_lose_nothing(tmp_path)
     (tmp_path / "mine.png").write_text("mine")
     with pytest.raises(SystemExit, match="not finite"):
         run_train(tmp_path, "--epochs=1", network=lambda: awake(small(), math.nan))
-    assert same(old, torch.load(tmp_path / "latest.pt", weights_only=True))
+    equal(old["model"], torch.load(tmp_path / "latest.pt", weights_only=True)["model"])
     run_train(tmp_path, "--epochs=1", "--seed=1", "--bf16")
     (aside,) = tmp_path.glob("before_*")
-    assert same(old, torch.load(aside / "latest.pt", weights_only=True))
+    equal(old["model"], torch.load(aside / "latest.pt", weights_only=True)["model"])
     names = {"latest.pt", "best.pt", "loss.png", "samples_0001.png"}
     assert {path.name for path in aside.iterdir()} == names
     assert (tmp_path / "mine.png").read_text() == "mine"
@@ -527,9 +500,8 @@ def test_a_broken_checkpoint_gets_one_line(main, flag, tmp_path, monkeypatch):
         assert "\n" not in stop.value.code and not Path("it ran").exists()
 
 
-MISTAKES = """train.py --epochs -5, train.py --epochs 0, train.py --lr 0, train.py --samples 10,
-    train.py --seed -1, train.py --resume, train.py --device tpu, sample.py --steps 0,
-    sample.py --n 0, sample.py --process --n 17, sample.py --eta 2, sample.py --checkpoint no.pt,
+MISTAKES = """train.py --epochs -5, train.py --samples 10, train.py --resume, sample.py --n 0,
+    sample.py --steps 0, sample.py --process --n 17, sample.py --eta 2, sample.py --checkpoint no.pt,
     sample.py --output a.txt, sample.py --output no/a.png"""
 
 
@@ -563,8 +535,8 @@ def test_modal_trains_and_goes_on_after_a_restart(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
     folder, script = tmp_path / "checkpoints", tmp_path / "small.py"
     folder.mkdir()
-    lines = ["import sys", f"sys.path.insert(0, {str(HERE)!r})", "import train, test_ddpm"]
-    script.write_text("\n".join([*lines, "train.main(sys.argv[1:], test_ddpm.small)"]))
+    small_net = "train.main(sys.argv[1:], lambda: train.ddpm.UNet((8, 8, 8), 16, 8, 16))"
+    script.write_text(f"import sys; sys.path.append({str(HERE)!r}); import train; {small_net}")
     (folder / "latest.pt").write_text("of an older run")
     for epochs in (1, 2):
         words = ["--samples=16", "--batch-size=16", "--device=cpu", f"--epochs={epochs}"]
@@ -572,7 +544,7 @@ def test_modal_trains_and_goes_on_after_a_restart(tmp_path):
         assert len(torch.load(folder / "latest.pt", weights_only=True)["history"]) == epochs
     assert [path.name for path in folder.glob("before_*")] == ["before_a run"]
     assert (folder / "before_a run/latest.pt").exists() and (folder / "logs").is_dir()
-    assert modal_train.train.local(["--epochs=-1"], "another", folder, script) == 2
+    assert modal_train.train.local([], "another", folder, "no.py") == 2
 
 
 def test_readme_links_and_flags_exist():

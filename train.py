@@ -71,7 +71,8 @@ def main(argv, network=ddpm.UNet):
     schedule = ddpm.Schedule(args.device)
     model = network().to(args.device, memory_format=torch.channels_last)  # the faster layout
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    # BEYOND THE PAPER, where betas[1] is 0.999: after ten epochs 35.7 bits, with 0.999 38.8.
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.99), fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     parts = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}
     flags = {key: getattr(args, key) for key in ("samples", "batch_size", "lr", "seed")}

@@ -52,7 +52,6 @@ import torch.nn.functional as F
 from torch import nn
 
 # ==== 1. Noise: from x_0 to x_t ===================================================================
-#
 # Our pictures show one to three shapes (shapes.py) on 32x32 pixels, each of them -1 (background) or
 # +1 (shape). A pixel's mean square is then 1, the variance of the noise.
 #
@@ -82,7 +81,7 @@ T = 1000
 
 
 class Schedule:
-    """beta, alpha, alpha_bar, one_minus_alpha_bar; snr = alpha_bar / one_minus_alpha_bar.
+    """beta, alpha, alpha_bar, one_minus_alpha_bar; snr = alpha_bar / one_minus_alpha_bar, inf at 0.
 
     All float32 (T + 1,), indexed by the paper's t: beta[1] is of the first step, alpha_bar[0] = 1
     of the clean picture. Computed in float64: float32 would make 1 - alpha_bar[1] wrong by 0.02 %.
@@ -114,12 +113,11 @@ def q_sample(schedule, x_0, t, eps):
 
 
 # ==== 2. What to learn, and Algorithm 1 ===========================================================
-#
 # Once x_t is given, each of x_0 and ε gives the other. So a network that guesses the noise (noise
 # prediction) guesses the picture, too. Guessing the noise gave the paper's best samples (Ho, Table
 # 2 and Section 3.2). The loss is the squared error of the guess; section 5 says why.
 def predict_x_0(schedule, x_t, t, eps_theta):
-    """Eq. 4 solved for x_0: x_0_hat, float32 (B, C, H, W), as x_t and eps_theta. t: (B,), 1..T."""
+    """Eq. 4 solved for x_0: x_0_hat, float32 (B, C, H, W), as x_t and eps_theta. t: (B,), 0..T."""
     signal, noise = schedule.signal_and_noise(t)
     return (x_t - noise * eps_theta) / signal
 
@@ -166,7 +164,6 @@ def algorithm_1(model, schedule, optimizer, x_0, generator, draw_t=uniform_t):
 
 
 # ==== 3. Back: from x_t to x_{t-1}, and Algorithm 2 ===============================================
-#
 # If x_0 were known, we would know two things about x_{t-1}: it was made from x_0 (Eq. 4), and x_t
 # was made from it (Eq. 2). By Bayes' rule, and as step t does not look at x_0 (the Markov property:
 # q(x_t | x_{t-1}, x_0) = q(x_t | x_{t-1})), the posterior of x_{t-1} is, up to a constant,
@@ -202,15 +199,15 @@ def algorithm_1(model, schedule, optimizer, x_0, generator, draw_t=uniform_t):
 def algorithm_2(model, schedule, x_T, generator):
     """Algorithm 2. Yields (t, x_t) for t = T, ..., 0: first x_T as given, last the samples x_0.
 
-    model, generator: as for algorithm_1. x_T: standard normal, float32 (B, C, H, W). This completes
-    DDPM: train.py repeats algorithm_1 for all data, sample.py runs through this.
+    model: as for loss_fn. x_T: standard normal, float32 (B, C, H, W). generator: on the CPU.
     """
+    one_minus = schedule.one_minus_alpha_bar  # (T + 1,)
     x_t = x_T  # line 1
     yield T, x_t
     for t in range(T, 0, -1):  # line 2
         z = torch.randn(x_T.shape, generator=generator).to(x_T.device)  # line 3
         eps_theta = model(x_t, torch.full((len(x_T),), t, device=x_T.device))  # line 4
-        beta, alpha, one_minus = schedule.beta[t], schedule.alpha[t], schedule.one_minus_alpha_bar
+        beta, alpha = schedule.beta[t], schedule.alpha[t]
         mu_theta = (x_t - beta / one_minus[t].sqrt() * eps_theta) / alpha.sqrt()  # line 4, Eq. 11
         sigma = (one_minus[t - 1] / one_minus[t] * beta).sqrt()  # √β̃_t; 0 at t = 1 (line 3)
         x_t = mu_theta + sigma * z  # line 4: x_t becomes x_{t-1}
@@ -218,7 +215,6 @@ def algorithm_2(model, schedule, x_T, generator):
 
 
 # ==== 4. A perfect network ========================================================================
-#
 # If the data is a list of N pictures x_0^1, ..., x_0^N, the best guess needs no training. Bayes'
 # rule on Eq. 4 gives the probability w_i that picture i is behind x_t, and with it E[x_0 | x_t]:
 #
@@ -245,7 +241,6 @@ def perfect_model(schedule, data):
 # tanh(√ᾱ_t x_t / (1 - ᾱ_t)), and Algorithm 2 leads every walk to -1 or +1, half of them to each
 # (pixel.png, left: a bundle that splits in two). What decides where a walk ends? Chance: at first
 # the guess is near 0 and favours neither side, then z moves x_t to one side and the guess follows.
-# Of 4,096 walks 50 % end on the side of x_T, where they began.
 #
 # Even this network has a loss that no training can lower: 0.04 at t = 100, 0.47 at t = 200, 0.08 at
 # t = 500 and 0.00004 at T. At small t the pixel can be seen. At large t it cannot, and the guess of
@@ -264,7 +259,6 @@ def perfect_model(schedule, data):
 
 
 # ==== 5. Why this loss: the variational bound =====================================================
-#
 # The aim is maximum likelihood: a large p_θ(x_0) for the pictures of the data. The model is
 #
 #     p_θ(x_0, ..., x_T) = p(x_T) Π_t p_θ(x_{t-1} | x_t)                  with p(x_T) = N(0, I)
@@ -324,8 +318,8 @@ def bound(model, schedule, x_0, generator, steps=T):
 # wider than β̃_t, by the doubt about x_0. Longer steps cost more: in 100, 50 and 20 of them L is
 # 1.07, 1.16 and 1.55 bits. So T is large, and even a perfect network does not sample exactly.
 #
-# Our pictures have an entropy of 17.3 bits (computed in test_ddpm.py). The supplied network pays 23
-# bits above t = 100 and 272 below (3,996 pictures; sample.py --score). The first part says which
+# Our pictures have an entropy of 17.3 bits (computed in test_ddpm.py). The supplied network pays 20.4
+# bits above t = 100 and 109 below (3,996 pictures; sample.py --score). The first part says which
 # shapes there are, and where. It may be compared with the entropy: for any network it is at least
 # what x_100 tells about x_0, and that is nearly all. The second part pays for differences from ±1
 # that nobody sees. At the smallest t the factor in Eq. 12 is large: 0.6 at t = 2, but 0.005 at
@@ -335,7 +329,6 @@ def bound(model, schedule, x_0, generator, steps=T):
 
 
 # ==== 6. Fewer steps, and the score ===============================================================
-#
 # Song, Meng & Ermon, "Denoising Diffusion Implicit Models" (DDIM, 2021, arXiv 2010.02502), noticed
 # that Eq. 14 knows q(x_t | x_0) and nothing of the path between. So the same network can jump from
 # t to any earlier s: guess x_0 and ε, and mix them anew as Eq. 4 does at s. A part σ² of the noise
@@ -353,7 +346,7 @@ def bound(model, schedule, x_0, generator, steps=T):
 # ε_θ is a guess of a multiple: ∇ log q(x_t) = E[∇ log q(x_t | x_0) | x_t] = -E[ε | x_t]/√(1 - ᾱ_t).
 # To follow it in small steps with noise is Langevin dynamics, which Algorithm 2 resembles. With
 # η = 0 the walk approximates an ordinary differential equation (ODE): the number of steps matters
-# little. Of 32 samples 24 are the same in 20 and in 50 steps, 30 in 50 and in 100.
+# little. Of 32 samples 25 are the same in 20 and in 50 steps, 31 in 50 and in 100.
 @torch.no_grad()
 def ddim(model, schedule, x_T, steps, eta, generator):
     """DDIM in 1 to T steps, with eta from 0 (no fresh noise) to 1. For the rest see algorithm_2."""
@@ -372,7 +365,6 @@ def ddim(model, schedule, x_T, steps, eta, generator):
 
 
 # ==== 7. The network ==============================================================================
-#
 # ε_θ is a U-Net: from 32x32 pixels down to 4x4, to see the whole picture, and up again.
 #
 # TIME. One network serves all t and must know which: a bright speck is noise at t = 900 and part of
@@ -401,7 +393,7 @@ class ResBlock(nn.Module):
     def __init__(self, c_in, c_out, time_dim, c_mid=None):
         super().__init__()
         c_mid = c_mid or c_out
-        self.norm1 = nn.GroupNorm(c_in // 8, c_in)  # of 8 channels; BatchNorm would mix many t
+        self.norm1 = nn.GroupNorm(c_in // 8, c_in)  # groups of 8; BatchNorm would mix different t
         self.conv1 = nn.Conv2d(c_in, c_mid, 3, padding=1)
         self.time = nn.Linear(time_dim, c_mid)
         self.norm2 = nn.GroupNorm(c_mid // 8, c_mid)
@@ -463,9 +455,6 @@ class Up(nn.Module):
 #      8x8               down --------------- up (three blocks: corners of shapes lie on this grid)
 #      4x4                  middle (512 channels)
 #
-# Nearly all weights are at 4x4 and 8x8, where channels are many, half of them at each. But a weight
-# is used at 16 places at 4x4 and at 64 at 8x8, so two thirds of all multiplications are at 8x8.
-#
 # Not as in Ho (in brackets what Ho has): 2.5 million weights (35.7 million); on the way down one
 # block a level (2), on the way up three, one and one (3); no dropout; skips added (concatenated);
 # attention once a level, above 8x8 on means (in each block at 16x16, once at 4x4); blocks at 4x4
@@ -473,7 +462,7 @@ class Up(nn.Module):
 # convolution); norms over 8 channels (a 32nd of them); PyTorch's default initialisation.
 class UNet(nn.Module):
     """The network. channels: at 32x32, 16x16 and 8x8. bottleneck: at 4x4. narrow: inside the blocks
-    and the attention there. time_dim: of the time vector, even. Channels are multiples of 8."""
+    and the attention there. time_dim: of the time vector, even. All but time_dim: multiples of 8."""
 
     def __init__(self, channels=(16, 32, 128), bottleneck=512, narrow=64, time_dim=128):
         super().__init__()

@@ -19,17 +19,13 @@ image = image.add_local_python_source("ddpm", "shapes", "train")
 @app.function(image=image, gpu="A100", volumes={FOLDER: volume}, timeout=24 * 3600, retries=3)
 def train(flags, run, folder=FOLDER, script="/root/train.py"):
     """Runs train.py with these flags, a list of words. run: names the call. Returns the status."""
-    folder, begun = Path(folder), Path(folder) / "run.txt"
-    if begun.exists() and begun.read_text() == run:  # Modal calls again after an interruption
-        flags = [*flags, "--resume"] if (folder / "latest.pt").exists() else flags
-    elif "--resume" not in flags:
-        aside = folder / f"before_{run}"
-        aside.mkdir(exist_ok=True)
-        for file in [*folder.glob("*.pt"), *folder.glob("*.png")]:  # of an older run
-            file.rename(aside / file.name)
-    begun.write_text(run)
-    command = [sys.executable, script, *flags, "--logs", "checkpoints/logs"]
-    return subprocess.run(command, cwd=folder.parent, check=False).returncode
+    begun, latest = Path(folder) / "run.txt", Path(folder) / "latest.pt"
+    if not begun.exists() or begun.read_text() != run:
+        begun.write_text(run)
+    elif latest.exists() and latest.stat().st_mtime > begun.stat().st_mtime:
+        flags = [*flags, "--resume"]  # Modal calls again after an interruption
+    places = ["--checkpoints", folder, "--logs", Path(folder) / "logs"]
+    return subprocess.run([sys.executable, script, *flags, *places], check=False).returncode
 
 
 @app.local_entrypoint()

@@ -95,7 +95,7 @@ def print_score(x, model, schedule, flags):
         print(f"{name:<20}{s['right']:>8.1%}{s['copies']:>8.1%}{s['distinct']:>9.1%}  ", end="")
         print("".join(f"{count:>5}" for count in s["kinds"] + s["numbers"]))
     bits, generator = 0, torch.Generator().manual_seed(0)
-    for x_0 in real[:3996].to(schedule.beta.device).split(999):  # a picture for each term
+    for x_0 in real[:3996].to(schedule.beta.device).split(999):  # four for each term
         bits += ddpm.bound(model, schedule, x_0, generator) / 4  # (T + 1,)
     print(f"bound: {bits[101:].sum():.1f} bits above t = 100 (entropy of the data: 17.3), ", end="")
     print(f"{bits[:101].sum():.1f} below; mean of 3,996 other real pictures")
@@ -123,10 +123,8 @@ def main(argv, network=ddpm.UNet):
     stops = []
     for i, (t, x) in enumerate(tqdm(walk, total=args.steps + 1, disable=None)):
         if args.process and i in shown:
-            x_0_hat = x
-            if t > 0:
-                times = torch.full((args.n,), t, device=x.device)  # (n,)
-                x_0_hat = ddpm.predict_x_0(schedule, x, times, model(x, times))
+            times = torch.full((args.n,), t, device=x.device)  # (n,)
+            x_0_hat = ddpm.predict_x_0(schedule, x, times, model(x, times))  # x itself at t = 0
             stops.append((t, x.cpu(), x_0_hat.cpu()))
     x = x.cpu()  # x_0
     if args.score:
@@ -145,5 +143,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as e:
+    except (OSError, torch.OutOfMemoryError) as e:
         sys.exit(f"error: {e}")

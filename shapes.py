@@ -69,7 +69,6 @@ for kind, mask in made:
             CATALOGUE[kind].append(image)
 
 # ==== 2. The data, for the model and for people ===================================================
-# Three rules make the task clear:
 # - Shapes lie on a grid of 4 pixels. An edge that is off by one pixel is always wrong.
 # - No shape is small: 34 pixels at least. A smaller one would come later out of the noise.
 # - Shapes keep apart, so that a picture can be read in one way only: an L could be two rectangles.
@@ -124,15 +123,14 @@ def from_model(x):
 
 
 def mirror(x, generator):
-    """Mirrors each picture left-right with probability 1/2 (Ho, Section 4): (n, 1, 32, 32)."""
+    """Mirrors each picture left-right with probability 1/2 (Ho, Appendix B): (n, 1, 32, 32)."""
     flip = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
     return torch.where(flip, x.flip(3), x)
 
 
-def tile(pictures, columns=8, scale=4):
-    """Pictures (n, h, w) or (n, h, w, 3), in [0, 1], as one Pillow image, side by side with grey
-    lines between them. Every pixel becomes scale x scale pixels."""
-    h, w = scale * pictures.shape[1] + 2, scale * pictures.shape[2] + 2
+def tile(pictures, columns=8):
+    """Pictures (n, h, w) or (n, h, w, 3), in [0, 1], 4 times as large, as one Pillow image."""
+    h, w = 4 * pictures.shape[1] + 2, 4 * pictures.shape[2] + 2  # a grey line on each side
     columns = min(columns, len(pictures))
     sheet = Image.new("RGB", (w * columns, h * -(-len(pictures) // columns)), "gray")
     for i, picture in enumerate((pictures * 255).astype(np.uint8)):
@@ -179,16 +177,14 @@ def score(x, training=()):
     """
     pictures = (np.asarray(x)[:, 0] > 0).astype(np.uint8)  # (n, 32, 32)
     known = {picture.tobytes() for picture in training}
-    n, copies, kinds, numbers = len(pictures), 0, [0, 0, 0, 0], [0, 0, 0]
-    for picture in pictures:
-        copies += any(image.tobytes() in known for image in mirror_images(picture))
-        found = [kind for kind, _ in explain(picture)]
-        if 1 <= len(found) <= 3 and None not in found:
-            numbers[len(found) - 1] += 1
-            for kind in found:
-                kinds[KINDS.index(kind)] += 1
-    distinct = len({picture.tobytes() for picture in pictures})
-    shares = {"right": sum(numbers) / n, "copies": copies / n, "distinct": distinct / n}
+    copies = [p for p in pictures if any(m.tobytes() in known for m in mirror_images(p))]
+    distinct = {picture.tobytes() for picture in pictures}
+    found = [[kind for kind, _ in explain(picture)] for picture in pictures]
+    right = [a for a in found if 1 <= len(a) <= 3 and None not in a]  # their kinds
+    groups = {"right": right, "copies": copies, "distinct": distinct}
+    shares = {name: len(group) / len(pictures) for name, group in groups.items()}
+    kinds = [sum(a.count(kind) for a in right) for kind in KINDS]
+    numbers = [sum(len(a) == n for a in right) for n in (1, 2, 3)]
     return {**shares, "kinds": kinds, "numbers": numbers}
 
 

@@ -186,25 +186,18 @@ def test_attention_against_a_naive_loop(channels, d, side):
 
 
 def test_the_network_as_described():
-    """Catches: a level without attention, a bottleneck that shrank, sizes that do not work. And the
-    shares that ddpm.py states: where weights are, and where multiplications."""
-    model, attends, weights, work = ddpm.UNet(), set(), {}, {}
+    """Catches: a level without attention, a bottleneck that shrank, sizes that do not work."""
+    model, attends = ddpm.UNet(), set()
 
     def look(layer, inputs, y):
-        side = y.shape[-1]
         if isinstance(layer, ddpm.Attention):
-            attends.add(side)
-        if isinstance(layer, torch.nn.Conv2d):
-            weights[side] = weights.get(side, 0) + layer.weight.numel()
-            work[side] = work.get(side, 0) + layer.weight.numel() * side**2
+            attends.add(y.shape[-1])
 
     for layer in model.modules():
         layer.register_forward_hook(look)
     assert model(noise(2, 1, 32, 32), torch.tensor([1, T])).abs().max() == 0  # at first
     assert attends == {32, 16, 8, 4} and model.middle2.conv2.out_channels == 512
     assert 2e6 <= sum(p.numel() for p in model.parameters()) <= 4e6 and not [*model.buffers()]
-    assert weights[4] / sum(weights.values()) == pytest.approx(1 / 2, abs=0.02)
-    assert work[8] / sum(work.values()) == pytest.approx(2 / 3, abs=0.02)
     for size in ((24, 32), (56, 40), (64, 64)):
         assert small()(noise(1, 1, *size), torch.tensor([1])).shape[2:] == size
 
@@ -542,8 +535,8 @@ def test_modal_trains_and_goes_on_after_a_restart(tmp_path):
         words = ["--samples=16", "--batch-size=16", "--device=cpu", f"--epochs={epochs}"]
         assert modal_train.train.local(words, "a run", folder, script) == 0
         assert len(torch.load(folder / "latest.pt", weights_only=True)["history"]) == epochs
-    assert [path.name for path in folder.glob("before_*")] == ["before_a run"]
-    assert (folder / "before_a run/latest.pt").exists() and (folder / "logs").is_dir()
+    (aside,) = folder.glob("before_*")
+    assert (aside / "latest.pt").read_text() == "of an older run" and (folder / "logs").is_dir()
     assert modal_train.train.local([], "another", folder, "no.py") == 2
 
 

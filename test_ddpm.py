@@ -493,7 +493,7 @@ def test_a_broken_checkpoint_gets_one_line(main, flag, tmp_path, monkeypatch):
         assert "\n" not in stop.value.code and not Path("it ran").exists()
 
 
-MISTAKES = """train.py --epochs -5, train.py --samples 10, train.py --resume, sample.py --n 0,
+MISTAKES = """train.py --batch-size 0, train.py --samples 10, train.py --resume, sample.py --n 0,
     sample.py --steps 0, sample.py --process --n 17, sample.py --eta 2, sample.py --checkpoint no.pt,
     sample.py --output a.txt, sample.py --output no/a.png"""
 

@@ -318,14 +318,14 @@ def bound(model, schedule, x_0, generator, steps=T):
 # wider than β̃_t, by the doubt about x_0. Longer steps cost more: in 100, 50 and 20 of them L is
 # 1.07, 1.16 and 1.55 bits. So T is large, and even a perfect network does not sample exactly.
 #
-# Our pictures have an entropy of 17.3 bits (computed in test_ddpm.py). The supplied network pays 20.4
-# bits above t = 100 and 109 below (3,996 pictures; sample.py --score). The first part says which
-# shapes there are, and where. It may be compared with the entropy: for any network it is at least
-# what x_100 tells about x_0, and that is nearly all. The second part pays for differences from ±1
-# that nobody sees. At the smallest t the factor in Eq. 12 is large: 0.6 at t = 2, but 0.005 at
-# t = 350 and 0.01 at T. Eq. 14 drops it. The best guess at each t remains the same, but the effort
-# goes to where pictures take shape. The bound gets worse and the samples better (Ho, Table 1): a
-# code must tell every step of the path, a sample only needs its end.
+# Our pictures have an entropy of 17.3 bits (computed in test_ddpm.py). The supplied network pays
+# 20.4 bits above t = 100 and 109 below (3,996 pictures; sample.py --score). The first part says
+# which shapes there are, and where. It may be compared with the entropy: for any network it is at
+# least what x_100 tells about x_0, and that is nearly all. The second part pays for differences
+# from ±1 that nobody sees. At the smallest t the factor in Eq. 12 is large: 0.6 at t = 2, but 0.005
+# at t = 350 and 0.01 at T. Eq. 14 drops it. The best guess at each t remains the same, but the
+# effort goes to where pictures take shape. The bound gets worse and the samples better (Ho, Table
+# 1): a code must tell every step of the path, a sample only needs its end.
 
 
 # ==== 6. Fewer steps, and the score ===============================================================
@@ -462,7 +462,7 @@ class Up(nn.Module):
 # convolution); norms over 8 channels (a 32nd of them); PyTorch's default initialisation.
 class UNet(nn.Module):
     """The network. channels: at 32x32, 16x16 and 8x8. bottleneck: at 4x4. narrow: inside the blocks
-    and the attention there. time_dim: of the time vector, even. All but time_dim: multiples of 8."""
+    and the attention there. time_dim: of the time vector, even. All others: multiples of 8."""
 
     def __init__(self, channels=(16, 32, 128), bottleneck=512, narrow=64, time_dim=128):
         super().__init__()

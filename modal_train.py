@@ -19,12 +19,13 @@ image = image.add_local_python_source("ddpm", "shapes", "train")
 @app.function(image=image, gpu="A100", volumes={FOLDER: volume}, timeout=24 * 3600, retries=3)
 def train(flags, run, folder=FOLDER, script="/root/train.py"):
     """Runs train.py with these flags, a list of words. run: names the call. Returns the status."""
-    begun, latest = Path(folder) / "run.txt", Path(folder) / "latest.pt"
+    folder = Path(folder)
+    begun, latest = folder / "run.txt", folder / "latest.pt"
     if not begun.exists() or begun.read_text() != run:
         begun.write_text(run)
     elif latest.exists() and latest.stat().st_mtime > begun.stat().st_mtime:
         flags = [*flags, "--resume"]  # Modal calls again after an interruption
-    places = ["--checkpoints", folder, "--logs", Path(folder) / "logs"]
+    places = ["--checkpoints", folder, "--logs", folder / "logs"]
     return subprocess.run([sys.executable, script, *flags, *places], check=False).returncode
 
 

@@ -32,20 +32,20 @@ def parse(argv):
     p.add_argument("--checkpoints", type=Path, default="checkpoints", help="(checkpoints)")
     p.add_argument("--logs", type=Path, default="logs", help="for TensorBoard (logs)")
     args = p.parse_args(argv)
-    if not 1 <= args.batch_size <= args.samples:
-        p.error("--batch-size must be from 1 to --samples")
+    if not 1 <= args.batch_size <= args.samples or args.lr <= 0 or args.seed < 0:
+        p.error("--batch-size must be from 1 to --samples, --lr above 0, --seed not below")
     return args
 
 
 def rate(step):
-    """BEYOND THE PAPER, where it is 1: the learning rate in units of --lr. It rises for 500 steps, as
-    the first gradients say little, and falls from step 2,000 on, to 1 at step 16,000."""
+    """BEYOND THE PAPER, where it is 1: the learning rate in units of --lr. It rises for 500 steps,
+    as the first gradients say little, and falls from step 2,000 on, to 1 at step 16,000."""
     return min(8 * (step + 1) / 500, 8, 16_000 / (step + 1))
 
 
 def triangle_t(n, generator):
-    """BEYOND THE PAPER, where t is uniform: n values of t, int64 (n,), most of them near T / 2, where
-    pictures are decided. After ten epochs 35.7 bits above t = 100, with uniform t 41.7."""
+    """BEYOND THE PAPER, where t is uniform: n values of t, int64 (n,), most of them near T / 2,
+    where pictures are decided. After ten epochs 35.7 bits above t = 100, with uniform t 41.7."""
     a, b = torch.randint(1, ddpm.T + 1, (2, n), generator=generator)  # (n,) each
     t = (a + b) // 2
     t[::16] = a[::16]  # uniform, or else the last steps would hardly be trained
@@ -100,7 +100,7 @@ def main(argv, network=ddpm.UNet):
             x_0 = shapes.mirror(data[batch], generator).to(args.device)  # (B, 1, 32, 32)
             losses.append(ddpm.algorithm_1(net, schedule, optimizer, x_0, generator, triangle_t))
             scheduler.step()
-            # For samples (Ho, Appendix B). BEYOND THE PAPER over a ninth of all steps, not 10,000.
+            # Samples use an average (Ho, Appendix B). BEYOND THE PAPER: over the last ninth of steps
             for mean, p in zip(average.parameters(), model.parameters()):
                 mean.lerp_(p.detach(), 9 / (10 + scheduler.last_epoch))
 

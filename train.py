@@ -100,7 +100,7 @@ def main(argv, network=ddpm.UNet):
             x_0 = shapes.mirror(data[batch], generator).to(args.device)  # (B, 1, 32, 32)
             losses.append(ddpm.algorithm_1(net, schedule, optimizer, x_0, generator, triangle_t))
             scheduler.step()
-            # Samples use an average (Ho, Appendix B). BEYOND THE PAPER: over the last ninth of steps
+            # Samples use an average (Ho, Appendix B). BEYOND THE PAPER: of the last ninth of steps
             for mean, p in zip(average.parameters(), model.parameters()):
                 mean.lerp_(p.detach(), 9 / (10 + scheduler.last_epoch))
 

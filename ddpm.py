@@ -315,7 +315,7 @@ def bound(model, schedule, x_0, generator, steps=T):
 
 
 # For one pixel and its perfect network L is 1.007 bits, where a coin has 1: a true step back is
-# wider than β̃_t, by the doubt about x_0. Longer steps cost more: in 100, 50 and 20 of them L is
+# wider than β̃_t, by the doubt about x_0. Longer steps cost more: in 100, 50 and 20 of them about
 # 1.07, 1.16 and 1.55 bits. So T is large, and even a perfect network does not sample exactly.
 #
 # Our pictures have an entropy of 17.3 bits (computed in test_ddpm.py). The supplied network pays
@@ -510,7 +510,7 @@ if __name__ == "__main__":
     for axes, eta in zip(figure.subplots(1, 2, sharey=True), (1, 0)):
         walk = [*ddim(model, schedule, x_T, T, eta, generator)]
         axes.plot([t for t, _ in walk], torch.stack([x.flatten() for _, x in walk]), linewidth=0.6)
-        axes.set(xlim=(T, 0), xlabel="t", yticks=[-1, 1], title=f"$\\eta$ = {eta}")
+        axes.set(xlim=(T, -15), xlabel="t", yticks=[-1, 1], title=f"$\\eta$ = {eta}")
     figure.savefig("pixel.png", dpi=100)
 
     training = shapes.make_dataset(2000, seed=0)

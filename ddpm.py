@@ -286,8 +286,8 @@ def perfect_model(schedule, data):
 #             = E_q[ β_t²/(2 σ_t² α_t (1 - ᾱ_t)) ‖ε - ε_θ(x_t, t)‖² ]                       (Eq. 12)
 #
 # The two other terms are next to nothing. L_T has no weights in it and is -log(1 - ᾱ_T)/2 for a
-# pixel of ±1: 0.03 bits a picture. In L_0 only the sign of a pixel counts, and with σ_1² = β_1
-# (Eq. 13) it is certain unless μ_θ(x_1, 1) is within a few σ_1 = 0.01 of 0.
+# pixel of ±1: 0.03 bits a picture. In L_0 only the sign of a pixel counts, and with σ_1² = β_1,
+# say (Eq. 13), it is certain unless μ_θ(x_1, 1) is within a few σ_1 = 0.01 of 0.
 # In bits (log to the base of 2), L is the mean length of a code for the picture, by this model.
 # No code is on average shorter than the entropy of the data.
 def visited_steps(steps):
@@ -339,8 +339,8 @@ def bound(model, schedule, x_0, generator, steps=T):
 #
 # With η = 1 and s = t - 1, σ² is β̃_t and this is Algorithm 2, but for one thing: a long step trusts
 # x̂_0 more than a short one, and at t = T an error of ε is 157 times as large in x_0. So x̂_0 is
-# clipped to [-1, 1], which Ho's own program does in Algorithm 2, too. With η = 0 nothing is random
-# but x_T, and all walks of one pixel end on the side where they began (pixel.png, right).
+# clipped to [-1, 1], as always in Ho's program, but not in Song's. With η = 0, which alone Song
+# calls DDIM, nothing is random but x_T: all walks of one pixel end on the side where they began.
 #
 # THE SCORE ∇ log q(x_t) points to where x_t would be more likely. Other texts learn it. At each t,
 # ε_θ is a guess of a multiple: ∇ log q(x_t) = E[∇ log q(x_t | x_0) | x_t] = -E[ε | x_t]/√(1 - ᾱ_t).
@@ -455,11 +455,12 @@ class Up(nn.Module):
 #      8x8               down --------------- up (three blocks: corners of shapes lie on this grid)
 #      4x4                  middle (512 channels)
 #
-# Not as in Ho (in brackets what Ho has): 2.5 million weights (35.7 million); on the way down one
-# block a level (2), on the way up three, one and one (3); no dropout; skips added (concatenated);
-# attention once a level, above 8x8 on means (in each block at 16x16, once at 4x4); blocks at 4x4
-# have 512 channels outside and 64 inside (256); halving is a mean and doubling a copy (with a 3x3
-# convolution); norms over 8 channels (a 32nd of them); PyTorch's default initialisation.
+# Not as in Ho (in brackets what Ho has): 2.5 million weights (35.7 million); 16, 32, 128 and 512
+# channels, 64 inside the blocks at 4x4 (128, then 256); one block a level on the way down (2),
+# three, one and one on the way up (3), two at 4x4 (7); one skip a level, added (one a block,
+# concatenated); no dropout; attention at 4x4 and once a level on the way up, above 8x8 on means
+# (after each block at 16x16, once at 4x4); halving is a mean, doubling a copy (with a 3x3
+# convolution); norms over 8 channels (a 32nd); a time vector of 128 (512); default initialisation.
 class UNet(nn.Module):
     """The network. channels: at 32x32, 16x16 and 8x8. bottleneck: at 4x4. narrow: inside the blocks
     and the attention there. time_dim: of the time vector, even. All others: multiples of 8."""

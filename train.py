@@ -44,7 +44,7 @@ def rate(step):
 
 def triangle_t(n, generator):
     """BEYOND THE PAPER, where t is uniform: n values of t, int64 (n,), most of them near T / 2,
-    where pictures are decided. After ten epochs 35.7 bits above t = 100, with uniform t 41.7."""
+    where pictures are decided. Bits after ten epochs: 35.7 (757 below), else 41.7 (233 below)."""
     a, b = torch.randint(1, ddpm.T + 1, (2, n), generator=generator)  # (n,) each
     t = (a + b) // 2
     t[::16] = a[::16]  # uniform, or else the last steps would hardly be trained
@@ -99,7 +99,7 @@ def main(argv, network=ddpm.UNet):
             x_0 = shapes.mirror(data[batch], generator).to(args.device)  # (B, 1, 32, 32)
             losses.append(ddpm.algorithm_1(net, schedule, optimizer, x_0, generator, triangle_t))
             scheduler.step()
-            # Samples use an average (Ho, Appendix B). BEYOND THE PAPER: of the last ninth of steps.
+            # Samples use an average (Ho, Appendix B). BEYOND THE PAPER: mainly of the last ninth.
             # After ten epochs 35.7 bits, with Ho's decay of 0.9999 7,300, with no average 48.3.
             for mean, p in zip(average.parameters(), model.parameters()):
                 mean.lerp_(p.detach(), 9 / (10 + scheduler.last_epoch))

@@ -172,7 +172,7 @@ def score(x, training=()):
     """x: float (n, 1, 32, 32); above 0 is shape. training: uint8 (m, 32, 32), what was trained on.
 
     Returns the shares of "right" pictures, with one to three legal shapes and nothing else,
-    "copies" of training pictures or their mirror images, and "distinct" ones; and counts in right
+    "copies" of training pictures, also turned or mirrored, and "distinct" ones; and counts in right
     ones: "kinds", a list of 4 in the order of KINDS, and "numbers", with 1, 2 and 3 shapes.
     """
     pictures = (np.asarray(x)[:, 0] > 0).astype(np.uint8)  # (n, 32, 32)

@@ -189,13 +189,9 @@ def test_attention_against_a_naive_loop(channels, d, side):
 def test_the_network_as_described():
     """Catches: a level without attention, a bottleneck that shrank, sizes that do not work."""
     model, attends = ddpm.UNet(), set()
-
-    def look(layer, inputs, y):
-        if isinstance(layer, ddpm.Attention):
-            attends.add(y.shape[-1])
-
     for layer in model.modules():
-        layer.register_forward_hook(look)
+        if isinstance(layer, ddpm.Attention):
+            layer.register_forward_hook(lambda layer, inputs, y: attends.add(y.shape[-1]))
     assert model(noise(2, 1, 32, 32), torch.tensor([1, T])).abs().max() == 0  # at first
     assert attends == {32, 16, 8, 4} and model.middle2.conv2.out_channels == 512
     assert 2e6 <= sum(p.numel() for p in model.parameters()) <= 4e6 and not [*model.buffers()]

@@ -13,24 +13,30 @@ app = modal.App("toy-diffusion")
 volume = modal.Volume.from_name("diffusion-checkpoints", create_if_missing=True)
 packages = ("torch", "numpy", "matplotlib", "pillow", "tensorboard", "tqdm")
 image = modal.Image.debian_slim(python_version="3.12").uv_pip_install(*packages)
-image = image.add_local_python_source("ddpm", "shapes", "train")
+image = image.add_local_python_source("ddpm", "shapes", "sample", "train")
 
 
 @app.function(image=image, gpu="A100", volumes={FOLDER: volume}, timeout=24 * 3600, retries=3)
 def train(flags, run, folder=FOLDER, script="/root/train.py"):
     """Runs train.py with these flags, a list of words. run: names the call. Returns the status."""
+    import train as local
+
     folder = Path(folder)
-    begun, latest = folder / "run.txt", folder / "latest.pt"
-    if not begun.exists() or begun.read_text() != run:
-        begun.write_text(run)
-    elif latest.exists() and latest.stat().st_mtime > begun.stat().st_mtime:
-        flags = [*flags, "--resume"]  # Modal calls again after an interruption
+    name = folder / "run.txt"
+    if not name.exists() or name.read_text() != run:
+        if "--resume" not in flags:
+            local.set_aside(folder)
+        name.write_text(run)
+    elif (folder / "latest.pt").exists():  # Modal calls again after an interruption
+        flags = [*flags, "--resume"]
     places = ["--checkpoints", folder, "--logs", folder / "logs"]
     return subprocess.run([sys.executable, script, *flags, *places], check=False).returncode
 
 
 @app.local_entrypoint()
 def main(*flags):
+    if any(flag.startswith("--data") for flag in flags):
+        sys.exit("error: --data does not reach the cloud; train there on shapes")
     status = train.spawn(list(flags), time.strftime("%Y-%m-%d_%H-%M-%S")).get()
     if status:
         sys.exit(status)

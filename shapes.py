@@ -1,22 +1,22 @@
-"""The data: 32x32 binary pictures with one to three shapes from a catalogue.
+"""The data: 32x32 binary pictures with one to three shapes from a catalogue, or your own pictures.
 
 python shapes.py        saves shapes.png: training pictures in colours
+
+Everywhere outside this file pictures are float32 (n, C, H, W) in [-1, 1]; of shapes (n, 1, 32, 32).
 """
 
-import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-os.environ["MPLBACKEND"] = "agg"  # a notebook may ask for a backend that is not installed
-from matplotlib.figure import Figure
-
 SIZE = 32  # pixels, height and width of a picture
 GRID = 4  # all sizes and places are multiples of this
 KINDS = ("circle", "rectangle", "triangle", "line")
-COLOURS = ((1, 0.6, 0), (0, 0.7, 1), (0.2, 0.8, 0.2), (0.9, 0.5, 0.9))  # of KINDS, to look at
+COLOURS = ((1, 0.2, -1), (-1, 0.4, 1), (-0.6, 0.6, -0.6), (0.8, 0, 0.8))  # of KINDS, RGB
 
 # ==== 1. The catalogue: every legal shape =========================================================
 # A mask is a bool array that just fits around its shape; True is shape. Lengths are in pixels.
@@ -69,7 +69,7 @@ for kind, mask in made:
             CATALOGUE[kind].append(image)
 
 # ==== 2. The data, for the model and for people ===================================================
-# - Shapes lie on a grid of 4 pixels. An edge that is off by one pixel is always wrong.
+# - Shapes lie on a grid of 4 pixels, so a blurred or ragged edge is always wrong.
 # - No shape is small: 34 pixels at least. A smaller one would come later out of the noise.
 # - Shapes keep apart, so that a picture can be read in one way only: an L could be two rectangles.
 
@@ -97,8 +97,9 @@ def draw_picture(kinds, rng):
 def make_dataset(n, seed):
     """n pictures, uint8 (n, 32, 32), background 0 and shape 1. seed: as for default_rng.
 
-    36 % have one shape, 48 % two and 16 % three. Kinds, masks and places are uniform. If the shapes
-    do not fit, all but the kinds are drawn again, as else kinds that need little room would win.
+    36 % have one shape, 48 % two and 16 % three, and every kind is as likely as the others. If the
+    shapes do not fit, all but the kinds are drawn again: so those that need little room are more
+    frequent where there are three.
     """
     rng = np.random.default_rng(seed)
     pictures = np.zeros((n, SIZE, SIZE), dtype=np.uint8)
@@ -113,43 +114,64 @@ def make_dataset(n, seed):
 
 
 def to_model(pictures):
-    """0/1 pictures (n, 32, 32) -> a tensor, float32 (n, 1, 32, 32), background -1 and shape +1."""
-    return torch.from_numpy(np.asarray(pictures, dtype=np.float32))[:, None] * 2 - 1
+    """0/1 pictures (n, 32, 32) -> float32 (n, 1, 32, 32), background -1 and shape +1."""
+    return torch.from_numpy(pictures.astype(np.float32))[:, None] * 2 - 1
 
 
-def from_model(x):
-    """A tensor (n, 1, 32, 32), about [-1, 1] -> an array (n, 32, 32) in [0, 1], clipped."""
-    return ((x[:, 0] + 1) / 2).clamp(0, 1).numpy()
+def load_pictures(folder):
+    """All .png, .jpg and .jpeg files of a folder, sorted by name: float32 (n, C, H, W) in [-1, 1].
+
+    C is 1 if every pixel is grey, else 3. Transparent pixels become white, as on a page. Raises
+    OSError, in one line, if there is no picture, and for the first one that cannot be read, has 16
+    bits a pixel, another size than the one before, or sides that are no multiples of 8.
+    """
+    endings, pictures = (".png", ".jpg", ".jpeg"), []
+    for file in sorted(f for f in Path(folder).iterdir() if f.suffix.lower() in endings):
+        try:
+            image = Image.open(file)
+            layers = image.convert("RGBA")
+        except Exception as e:
+            raise OSError(f"cannot read {file}: {e}") from e
+        page = Image.new("RGBA", image.size, "white")
+        page.alpha_composite(layers)
+        pictures.append(np.asarray(page.convert("RGB")))  # (H, W, 3)
+        if image.mode.startswith("I"):
+            raise OSError(f"{file} has 16 bits a pixel; save it with 8")
+        if image.width % 8 or image.height % 8 or pictures[-1].shape != pictures[0].shape:
+            size = f"{image.width}x{image.height}"
+            raise OSError(f"{file} has {size} pixels; all need one size, and sides in steps of 8")
+    if not pictures:
+        raise OSError(f"no .png, .jpg or .jpeg in {folder}")
+    x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1  # (n, 3, H, W)
+    return x[:, :1].clone() if (x == x[:, :1]).all() else x.contiguous()
 
 
-def mirror(x, generator):
-    """Mirrors each picture left-right with probability 1/2 (Ho, Appendix B): (n, 1, 32, 32)."""
-    flip = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
+def mirror(x):
+    """Mirrors each picture left-right with probability 1/2 (Ho, Appendix B)."""
+    flip = torch.rand(len(x), 1, 1, 1) < 0.5
     return torch.where(flip, x.flip(3), x)
 
 
-def tile(pictures, columns=8):
-    """Pictures (n, h, w) or (n, h, w, 3), in [0, 1], 4 times as large, as one Pillow image."""
-    h, w = 4 * pictures.shape[1] + 2, 4 * pictures.shape[2] + 2  # a grey line on each side
-    columns = min(columns, len(pictures))
-    sheet = Image.new("RGB", (w * columns, h * -(-len(pictures) // columns)), "gray")
-    for i, picture in enumerate((pictures * 255).astype(np.uint8)):
-        image = Image.fromarray(picture).resize((w - 2, h - 2), Image.Resampling.NEAREST)
-        sheet.paste(image, (i % columns * w + 1, i // columns * h + 1))
+def tile(x, columns=8):
+    """Pictures x, grey or colour, clipped to [-1, 1] and enlarged, as one Pillow image."""
+    zoom = max(1, 128 // max(x.shape[2:]))
+    x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)  # (n, H, W, C)
+    x = x.expand(-1, -1, -1, 3).numpy()  # (n, H, W, 3)
+    h, w = zoom * x.shape[1], zoom * x.shape[2]
+    columns = min(columns, len(x))
+    sheet = Image.new("RGB", ((w + 2) * columns, (h + 2) * -(-len(x) // columns)), "gray")
+    for i, picture in enumerate(x):
+        image = Image.fromarray(picture).resize((w, h), Image.Resampling.NEAREST)
+        sheet.paste(image, (i % columns * (w + 2) + 1, i // columns * (h + 2) + 1))
     return sheet
-
-
-def figure(width, height):
-    """An empty matplotlib figure of this size in inches, which needs no screen."""
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 # ==== 3. Is a picture right? ======================================================================
 
 
 def find_blobs(picture):
-    """The connected sets of pixels, also across corners: 0/1 (32, 32) -> list of bool (32, 32)."""
-    shape = torch.from_numpy(np.array(picture, dtype=np.float32))[None]  # (1, 32, 32)
+    """The connected sets of pixels, also across corners: bool (32, 32) -> list of the same."""
+    shape = torch.from_numpy(picture.astype(np.float32))[None]  # (1, 32, 32)
     label = shape * torch.arange(1, shape.numel() + 1).view(shape.shape)  # of each pixel its own
     while True:
         spread = shape * F.max_pool2d(label, 3, stride=1, padding=1)  # the largest in reach
@@ -159,7 +181,7 @@ def find_blobs(picture):
 
 
 def explain(picture):
-    """Cuts a 0/1 picture (32, 32) into blobs and looks each up: a list of (kind or None, blob)."""
+    """Cuts bool (32, 32), True is shape, into blobs: a list of (kind or None, blob)."""
     found = []
     for blob in find_blobs(picture):
         rows, columns = blob.any(1).nonzero()[0], blob.any(0).nonzero()[0]
@@ -168,34 +190,32 @@ def explain(picture):
     return found
 
 
-def score(x, training=()):
-    """x: float (n, 1, 32, 32); above 0 is shape. training: uint8 (m, 32, 32), what was trained on.
+def score(x, training):
+    """How good samples x of shapes are, above 0 is shape: the shares of right ones and of copies.
 
-    Returns the shares of "right" pictures, with one to three legal shapes and nothing else,
-    "copies" of training pictures, also turned or mirrored, and "distinct" ones; and counts in right
-    ones: "kinds", a list of 4 in the order of KINDS, and "numbers", with 1, 2 and 3 shapes.
+    Right: one to three legal shapes that do not touch, and nothing else. A copy is equal to one of
+    the training pictures, perhaps turned or mirrored.
     """
-    pictures = (np.asarray(x)[:, 0] > 0).astype(np.uint8)  # (n, 32, 32)
-    known = {picture.tobytes() for picture in training}
-    copies = [p for p in pictures if any(m.tobytes() in known for m in mirror_images(p))]
-    distinct = {picture.tobytes() for picture in pictures}
+    pictures = (x[:, 0] > 0).numpy()  # (n, 32, 32)
+    known = {picture.tobytes() for picture in (training[:, 0] > 0).numpy()}
     found = [[kind for kind, _ in explain(picture)] for picture in pictures]
-    right = [a for a in found if 1 <= len(a) <= 3 and None not in a]  # their kinds
-    groups = {"right": right, "copies": copies, "distinct": distinct}
-    shares = {name: len(group) / len(pictures) for name, group in groups.items()}
-    kinds = [sum(a.count(kind) for a in right) for kind in KINDS]
-    numbers = [sum(len(a) == n for a in right) for n in (1, 2, 3)]
-    return {**shares, "kinds": kinds, "numbers": numbers}
+    right = [1 <= len(kinds) <= 3 and None not in kinds for kinds in found]
+    copies = [any(m.tobytes() in known for m in mirror_images(p)) for p in pictures]
+    return sum(right) / len(x), sum(copies) / len(x)
 
 
-def coloured(pictures):
-    """0/1 pictures (n, 32, 32) -> (n, 32, 32, 3): blobs in COLOURS, red if in no catalogue."""
-    images = np.zeros((*pictures.shape, 3), dtype=np.float32)
-    for image, picture in zip(images, pictures):
+def coloured(x):
+    """Pictures of shapes in colour, (n, 3, 32, 32): blobs in COLOURS, red if in no catalogue."""
+    images = -torch.ones(len(x), 3, SIZE, SIZE)
+    for image, picture in zip(images, (x[:, 0] > 0).numpy()):
         for kind, blob in explain(picture):
-            image[blob] = COLOURS[KINDS.index(kind)] if kind else (1, 0, 0)
+            colour = COLOURS[KINDS.index(kind)] if kind else (1, -1, -1)
+            image[:, blob] = torch.tensor(colour)[:, None].float()
     return images
 
 
 if __name__ == "__main__":
-    tile(coloured(make_dataset(32, seed=0))).save("shapes.png")
+    try:
+        tile(coloured(to_model(make_dataset(32, seed=0)))).save("shapes.png")
+    except OSError as e:
+        sys.exit(f"error: {e}")

@@ -32,6 +32,7 @@ That is two algorithms, printed here as in the paper:
     ε        eps                  the noise in x_t before it is scaled: from N(0, I), so each number
                                   in it is a Gaussian of its own, with mean 0 and variance 1
     ε_θ      eps_theta            the noise that the network guesses, with its weights θ
+    x̂_0      x_0_hat              the picture that this guess amounts to
     β_t      beta                 the variance of the noise that step t adds
     α_t, ᾱ_t alpha, alpha_bar     1 - β_t, and the product α_1 α_2 ... α_t
     1 - ᾱ_t  one_minus_alpha_bar  the variance of all noise in x_t
@@ -39,12 +40,12 @@ That is two algorithms, printed here as in the paper:
 
 The paper is Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", 2020 (arXiv
 2006.11239); the numbers of equations are its own. Pictures are float32 (B, C, H, W) in [-1, 1]: B
-in a batch, C channels, H x W pixels. A line that changes the shape of a tensor ends with the new
-shape.
+in a batch, C channels, H x W pixels. A line that changes a tensor's shape ends with the new shape.
 
     python ddpm.py      runs both algorithms on a single pixel, saves pixel.png and forward.png
 """
 
+import os
 from itertools import pairwise
 from math import log
 
@@ -55,14 +56,12 @@ from torch import nn
 # ######## PART I, THE METHOD: all that training and sampling need #################################
 
 # ==== 1. Noise: from x_0 to x_t ===================================================================
-# One step shrinks the picture a little and adds a little noise:
+# One noising step shrinks a picture a little and adds a little noise:
 #
 #     q(x_t | x_{t-1}) = N(x_t; √(1 - β_t) x_{t-1}, β_t I)                                   (Eq. 2)
 #
-# where N(x; mean, variance) is the density of a Gaussian at x. Why shrink? So that the numbers do
-# not grow: a pixel whose mean square is 1 keeps it, as (1 - β_t) + β_t = 1.
-#
-# The β_t are chosen by hand: small at first, when a little noise hides a detail, and larger later.
+# where N(x; mean, variance) is the density of a Gaussian at x. Why shrink? So that numbers do not
+# grow: our pixels are -1 or +1, with a mean square of 1, and (1 - β_t) + β_t = 1 keeps it so.
 #
 # To reach x_t we need not walk. A sum of independent Gaussians is a Gaussian, and their variances
 # add up. So, with α_t = 1 - β_t, two steps are one:
@@ -75,63 +74,71 @@ from torch import nn
 #
 #     x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε                                                          (Eq. 4)
 #
-# At t = T less than a hundredth of x_0 is left, so sampling can start from pure noise.
-LINEAR = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # β_1, ..., β_T of the paper: (T,)
+# The β_t are chosen by hand: small at first, when a little noise hides a detail, and larger later.
+# At t = T less than a hundredth of x_0 is left, so sampling can start from pure noise. At t = 500 it
+# could not: a quarter is left.
+BETA = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # β_1, ..., β_T of the paper: (T,)
 
 
 class Schedule:
     """T, and the tables beta, alpha, alpha_bar, one_minus_alpha_bar: float32 (T + 1,).
 
-    They are indexed by the paper's t: beta[1] is of the first step, alpha_bar[0] = 1 of the clean
-    picture. Computed in float64, as in float32 a 1 - alpha_bar near 0 would lose its digits.
+    beta: β_1, ..., β_T, float (T,), between 0 and 1. The tables are indexed by the paper's t;
+    alpha_bar[0] = 1. Computed in float64, as in float32 a 1 - alpha_bar near 0 loses its digits.
     """
 
-    def __init__(self, beta=LINEAR, device="cpu"):
+    def __init__(self, beta=BETA, device="cpu"):
+        self.T = len(beta)
         beta = F.pad(beta.double(), (1, 0))  # (T + 1,), with beta[0] = 0
         alpha_bar = (1 - beta).cumprod(0)
-        self.T = len(beta) - 1
         self.beta = beta.float().to(device)
         self.alpha = (1 - beta).float().to(device)
         self.alpha_bar = alpha_bar.float().to(device)
         self.one_minus_alpha_bar = (1 - alpha_bar).float().to(device)
 
     def signal_and_noise(self, t):
-        """√ᾱ_t and √(1 - ᾱ_t), the two factors of Eq. 4, for t: int64 (B,)."""
+        """√ᾱ_t and √(1 - ᾱ_t), the two factors of Eq. 4, (B, 1, 1, 1) each, for t: int64 (B,)."""
         signal, noise = self.alpha_bar[t].sqrt(), self.one_minus_alpha_bar[t].sqrt()  # (B,) each
         return signal.view(-1, 1, 1, 1), noise.view(-1, 1, 1, 1)  # (B, 1, 1, 1) each
 
 
 def q_sample(schedule, x_0, t, eps):
-    """x_t by Eq. 4, as large as x_0 and eps. t: int64 (B,), each from 0 to T."""
+    """x_t by Eq. 4, float32 (B, C, H, W), as x_0 and eps are. t: int64 (B,), each from 0 to T."""
     signal, noise = schedule.signal_and_noise(t)
     return signal * x_0 + noise * eps
 
 
 # ==== 2. Training: Algorithm 1 ====================================================================
-# The network sees x_t and t, and guesses ε. Its loss is the squared error of the guess. (Eq. 14)
+# The network sees x_t and t, and guesses ε (noise prediction). Its loss is the squared error of the
+# guess (Eq. 14). An untrained network guesses 0, so the loss begins at 1, the variance of ε.
 #
 # Many pictures could be behind the same x_t, and the network cannot know which one it was. It
-# learns the guess with the least error on average, and that is the average itself: the mean of ε
-# over all of these pictures, each counted by its probability. (Section 5 proves it.)
+# learns the guess with the least squared error, and that is an average: the mean of ε over all of
+# these pictures, each counted by its probability. (Section 5 proves it.)
 #
 # The loss is meant for every t. But one t for each picture, drawn at random, gives the same
 # gradient on average, and many more pictures in the same time.
+#
+# BEYOND THE PAPER. Line 3 is the one line of both algorithms that differs. In the paper all t are
+# equally likely: draw_t would `return a`. Here middle t are more likely, because there a picture is
+# decided: at small t it can be seen, at large t nobody could know it.
 def draw_t(n, T, generator=None):
-    """n values of t, int64 (n,), each from 1 to T."""
+    """Line 3 of Algorithm 1: int64 (n,), each from 1 to T. generator: on the CPU."""
     a, b = torch.randint(1, T + 1, (2, n), generator=generator)  # (n,) each
     t = (a + b) // 2
-    t[::16] = a[::16]
+    t[::16] = a[::16]  # or else the last steps would hardly be trained
     return t
 
 
 def algorithm_1(model, schedule, optimizer, x_0, generator=None):
     """One round of Algorithm 1, with x_0 of line 2: changes the weights, returns the loss, 0-d.
 
-    model: anything that is called as model(x_t, t) and returns a guess of eps. optimizer: of its
-    weights. generator: on the CPU, so that a seed means the same noise on every device.
+    model: called as model(x_t, t), with t int64 (B,), it guesses eps, as large as x_t. optimizer:
+    of its weights. x_0: float32 (B, C, H, W) in [-1, 1]. generator: on the CPU, where all noise is
+    drawn, so that a seed means the same on every device.
     """
-    t = draw_t(len(x_0), schedule.T, generator).to(x_0.device)  # line 3
-    eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)  # line 4
+    t = draw_t(len(x_0), schedule.T, generator).to(x_0.device)  # line 3, one for each picture: (B,)
+    eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)  # line 4: (B, C, H, W)
     x_t = q_sample(schedule, x_0, t, eps)
     loss = F.mse_loss(model(x_t, t), eps)  # line 5: ‖ε - ε_θ‖², as a mean over all numbers in ε
     optimizer.zero_grad()
@@ -143,32 +150,44 @@ def algorithm_1(model, schedule, optimizer, x_0, generator=None):
 # ==== 3. Sampling: Algorithm 2 ====================================================================
 # Now back, from x_t to x_{t-1}. Suppose for a moment that x_0 is known. Then we know two things
 # about x_{t-1}: it was made from x_0 (Eq. 4), and x_t was made from it (Eq. 2). Bayes' rule puts
-# the two together. As step t looks only at x_{t-1} and not at x_0, it says, up to a constant,
+# the two together. As step t looks only at x_{t-1} and not at x_0 (the Markov property), it says,
+# up to a constant,
 #
 #     q(x_{t-1} | x_t, x_0)  ∝  q(x_{t-1} | x_0)  q(x_t | x_{t-1})
 #
-#     factor               its centre, as a function of x_{t-1}   its variance
+#     factor, for t > 1    its centre, as a function of x_{t-1}   its variance
 #     q(x_{t-1} | x_0)     √ᾱ_{t-1} x_0                           1 - ᾱ_{t-1}
 #     q(x_t | x_{t-1})     x_t / √α_t                             β_t / α_t
 #
 # A product of two Gaussians is a Gaussian. Its 1/variance is the sum of theirs, and its centre is
 # the average of theirs, weighted by 1/variance. With β_t + α_t (1 - ᾱ_{t-1}) = 1 - ᾱ_t this gives
+# the posterior mean and variance of x_{t-1}:
 #
-#     mean      μ̃_t(x_t, x_0) = √ᾱ_{t-1} β_t/(1 - ᾱ_t) x_0 + √α_t (1 - ᾱ_{t-1})/(1 - ᾱ_t) x_t
-#     variance  β̃_t = (1 - ᾱ_{t-1})/(1 - ᾱ_t) β_t                                            (Eq. 7)
+#     μ̃_t(x_t, x_0) = √ᾱ_{t-1} β_t/(1 - ᾱ_t) x_0 + √α_t (1 - ᾱ_{t-1})/(1 - ᾱ_t) x_t          (Eq. 7)
+#     β̃_t = (1 - ᾱ_{t-1})/(1 - ᾱ_t) β_t
 #
-# But x_0 is not known. The network's guess takes its place: x_0 = (x_t - √(1 - ᾱ_t) ε)/√ᾱ_t, which
-# is Eq. 4 solved for x_0, with ε_θ for ε. Collect the factors
+# (At t = 1 these are x_0 and 0.) But x_0 is not known. In its place goes the guess of the network,
+# by Eq. 4 solved for x_0:
+def predict_x_0(schedule, x_t, t, eps_theta):
+    """x_0_hat = (x_t - √(1 - ᾱ_t) ε_θ)/√ᾱ_t, (B, C, H, W), as x_t and eps_theta. t: int64 (B,)."""
+    signal, noise = schedule.signal_and_noise(t)
+    return (x_t - noise * eps_theta) / signal
+
+
+# Such a guess is a mean of many pictures, and may look like none of them. But μ̃_t is linear in x_0:
+# from the mean of x_0 it makes the mean of x_{t-1}. Written with ε_θ, it has the factors
 #
-#     of ε:    - √ᾱ_{t-1} β_t/(1 - ᾱ_t) √(1 - ᾱ_t)/√ᾱ_t  =  - β_t/√(1 - ᾱ_t) / √α_t
+#     of ε_θ:  - √ᾱ_{t-1} β_t/(1 - ᾱ_t) √(1 - ᾱ_t)/√ᾱ_t  =  - β_t/√(1 - ᾱ_t) / √α_t
 #     of x_t:  (β_t/√α_t + √α_t (1 - ᾱ_{t-1})) / (1 - ᾱ_t)  =  1/√α_t
 #
 #     μ_θ(x_t, t) = 1/√α_t (x_t - β_t/√(1 - ᾱ_t) ε_θ(x_t, t))                               (Eq. 11)
 #
-# Why add noise to this mean? Because a mean is too smooth. The network was trained on x_{t-1} with
-# all of its noise, and in a mean noise averages out. The step puts back what the average lost.
+# A step back draws from a Gaussian around this mean, as Bayes' rule says. The mean alone would be
+# smoother than any x_{t-1} in training, as noise is lost in an average.
 #
-# How much? The paper tries σ_t² = β_t and σ_t² = β̃_t, and finds little difference. We take β̃_t.
+# How wide is the Gaussian? σ_t² = β̃_t is right if there is only one picture, and σ_t² = β_t if the
+# data is N(0, I). In short steps they are almost the same, so T is large. The paper found them alike
+# (Section 3.2). We take β̃_t.
 @torch.no_grad()
 def algorithm_2(model, schedule, x_T, generator=None):
     """Algorithm 2. Yields (t, x_t) for t = T, ..., 0: first x_T as given, last the samples x_0.
@@ -188,10 +207,10 @@ def algorithm_2(model, schedule, x_T, generator=None):
 
 
 # ==== 4. The network ==============================================================================
-# TIME. Any network will do that takes x_t and t and returns a tensor of the size of x_t. It must
-# know t: a bright speck is noise at t = 900 and part of the picture at t = 5. Sines and cosines of
-# t tell it like the hands of a clock: the fast ones tell t from t + 1, the slow ones early from
-# late. (Vaswani et al. 2017, arXiv 1706.03762, Section 3.5)
+# TIME. Any network will do that takes x_t and t and returns a tensor as large as x_t. It must know
+# t: a bright speck is noise at t = 900 and part of the picture at t = 5. Sines and cosines of t tell
+# it like the hands of a clock: the fast ones tell t from t + 1, the slow ones early from late.
+# (Vaswani et al. 2017, arXiv 1706.03762, Section 3.5)
 def time_embedding(t, dim):
     """Sines and cosines of t, float32 (B, dim) in [-1, 1]. t: int64 (B,); dim: even."""
     share = torch.arange(dim // 2, device=t.device) / (dim // 2)  # (dim / 2,), from 0 to almost 1
@@ -213,7 +232,7 @@ class ResBlock(nn.Module):
     def __init__(self, c_in, c_out, time_dim, c_mid=None):
         super().__init__()
         c_mid = c_mid or c_out
-        self.norm1 = nn.GroupNorm(c_in // 8, c_in)  # groups of 8; BatchNorm would mix different t
+        self.norm1 = nn.GroupNorm(c_in // 8, c_in)  # over all pixels of 8 channels of one picture
         self.conv1 = nn.Conv2d(c_in, c_mid, 3, padding=1)
         self.time = nn.Linear(time_dim, c_mid)
         self.norm2 = nn.GroupNorm(c_mid // 8, c_mid)
@@ -228,8 +247,9 @@ class ResBlock(nn.Module):
 
 # ATTENTION lets distant places talk; a convolution sees only neighbours. Every place has a query, a
 # key and a value, vectors of d numbers, and receives a mean of all values, weighted by how well its
-# query matches their keys: softmax(q k^T / √d) v. Without the √d it would look at one place only.
-# As every place looks at every other, larger pictures are first averaged to 8x8 places.
+# query matches their keys: softmax(q k^T / √d) v. Without √d, the size of a sum of d products, each
+# place would soon look at one other only. The work grows as the square of the number of places, so
+# larger pictures are averaged to 8x8 first.
 class Attention(nn.Module):
     """Self-attention with one head, added to its input: (B, C, H, W) -> (B, C, H, W)."""
 
@@ -248,16 +268,16 @@ class Attention(nn.Module):
         return x + F.interpolate(self.out(y), x.shape[2:])  # (B, C, H, W)
 
 
-# THE U-NET goes down to an eighth of the size, to see the whole picture at once, and up again. Each
-# level up also receives what it had on the way down, by a skip connection: the bottom tells what is
-# in the picture, the skips exactly where.
+# THE U-NET, smaller and simpler than the paper's, goes down to an eighth of the size, to see the
+# whole picture at once, and up again. Each level up also receives what it had on the way down, by a
+# skip connection: the bottom tells what is in the picture, the skips exactly where.
 #
 #     32x32  stem -- down ------------------------------- up -- out
 #     16x16            down ----------------------- up
-#      8x8               down --------------- up
+#      8x8               down --------------- up        three blocks: our shapes lie on this grid
 #      4x4                  middle (512 channels)
 class Up(nn.Module):
-    """One level on the way up: (B, c_below, H, W) and a skip (B, c, 2H, 2W) -> (B, c, 2H, 2W)."""
+    """One level on the way up: (B, c_below, h, w) and a skip (B, c, 2h, 2w) -> (B, c, 2h, 2w)."""
 
     def __init__(self, c_below, c, time_dim, blocks):
         super().__init__()
@@ -266,7 +286,7 @@ class Up(nn.Module):
         self.blocks = nn.ModuleList([ResBlock(c, c, time_dim) for _ in range(blocks)])
 
     def forward(self, x, skip, time):
-        x = F.interpolate(self.below(x), scale_factor=2.0)  # (B, c, 2H, 2W), each pixel becomes 2x2
+        x = F.interpolate(self.below(x), scale_factor=2.0)  # (B, c, 2h, 2w), each pixel becomes 2x2
         x = self.attention(x + skip)
         for block in self.blocks:
             x = block(x, time)
@@ -274,8 +294,9 @@ class Up(nn.Module):
 
 
 class UNet(nn.Module):
-    """The network. channels: of the pictures, whose sides are multiples of 8. Inside, there are
-    widths channels at full, half and quarter size, bottleneck at an eighth, narrow in its blocks."""
+    """The network. channels: of the pictures, whose sides are multiples of 8. Inside: widths at
+    full, half and quarter size, bottleneck at an eighth, narrow in its blocks, all multiples of 8.
+    time_dim: of the time vector, even."""
 
     def __init__(self, channels=1, widths=(16, 32, 128), bottleneck=512, narrow=64, time_dim=128):
         super().__init__()
@@ -292,41 +313,46 @@ class UNet(nn.Module):
         self.out = zero_init(nn.Conv2d(c1, channels, 3, padding=1))
 
     def forward(self, x_t, t):
+        """x_t: float32 (B, channels, H, W). t: int64 (B,), from 1 to T. Returns eps_theta."""
         time = self.time(time_embedding(t, self.time_dim))  # (B, time_dim)
-        x = self.stem(x_t)  # (B, c1, H, W)
+        x = self.stem(x_t)  # (B, c1, h, w), where h, w = H, W
         skips = []
         for block in self.down:
-            x = block(x, time)  # (B, c, H, W)
+            x = block(x, time)  # (B, c, h, w), with c = c1, c2, c3
             skips.append(x)
-            x = F.avg_pool2d(x, 2)  # (B, c, H/2, W/2)
-        x = self.attention(self.middle1(x, time))  # (B, bottleneck, H/8, W/8)
+            x = F.avg_pool2d(x, 2)  # (B, c, h/2, w/2), which are h and w for the next block
+        x = self.attention(self.middle1(x, time))  # (B, c4, h, w)
         x = self.middle2(x, time)
         for level in self.up:
-            x = level(x, skips.pop(), time)  # (B, c, 2H, 2W)
+            x = level(x, skips.pop(), time)  # (B, c, 2h, 2w)
         return self.out(F.silu(self.norm(x)))  # eps_theta: (B, channels, H, W)
 
 
-# You have read everything that train.py needs to train. (To show samples on the way it uses ddim of
-# section 6, which is Algorithm 2 in fewer steps.) Go and train, and come back to ask why it works.
+# This is the whole method. (train.py draws its samples with an average of the weights, and in fewer
+# steps, by ddim of section 6.) Go and train, and come back to ask why it works.
 
 # ######## PART II, LOOKING DEEPER: why it works, fewer steps, and where the loss comes from #######
 
 
 # ==== 5. A perfect network, and one pixel =========================================================
-# What is the best guess? By Eq. 4 each of ε and x_0 gives the other, so look at x_0. Many pictures
-# could be behind x_t; let m = E[x_0 | x_t] be their mean, each counted by its probability. Given
-# x_t, a guess c has the expected squared error
+# What is the best guess? For a given x_t the errors of ε_θ and x̂_0 are proportional, by Eq. 4:
+#
+#     ‖ε - ε_θ‖² = SNR(t) ‖x_0 - x̂_0‖²       with the signal-to-noise ratio SNR(t) = ᾱ_t/(1 - ᾱ_t)
+#
+# So look at x_0. Many pictures could be behind x_t; let m = E[x_0 | x_t] be their mean, each counted
+# by its probability. A guess c has the expected squared error
 #
 #     E[‖x_0 - c‖²] = E[‖x_0 - m‖²] + 2 E[x_0 - m]·(m - c) + ‖m - c‖²
 #
 # The middle term vanishes, as E[x_0 - m] = m - m = 0, and the first does not depend on c. So the
-# best guess is c = m, the posterior mean. At large t it is a grey blur (forward.png), so one step
-# from noise is not enough. But μ̃_t of Eq. 7 is linear in x_0: with m in its place it is the exact
-# mean of x_{t-1}. For a small step a blurred guess is good enough.
+# best guess is c = m. At large t it is a grey blur (forward.png), so one step from noise draws no
+# picture; but less is in doubt after each step back, and the next guess is sharper.
 #
-# If the data is a list of pictures, m needs no training. Picture i is behind x_t with probability
+# If the data is a list of pictures, all equally likely, m needs no training. Bayes' rule gives the
+# probability w_i that picture i is behind x_t:
 #
 #     w_i  ∝  q(x_t | picture_i)  ∝  exp(-‖x_t - √ᾱ_t picture_i‖² / (2 (1 - ᾱ_t)))
+#     m = Σ_i w_i picture_i                                   with Σ_i w_i = 1: that is the softmax
 def perfect_model(schedule, pictures):
     """The model(x_t, t) with the least possible loss on pictures, float32 (N, C, H, W)."""
     rows = pictures.flatten(1)  # (N, D), with D = C H W
@@ -337,25 +363,22 @@ def perfect_model(schedule, pictures):
         # -‖x_t - a picture‖² / 2, without ‖x_t‖² / 2, which is the same for all pictures:
         fit = a * (x_t.flatten(1) @ rows.mT) - a**2 * rows.square().sum(1) / 2  # (B, N)
         m = (fit / b**2).softmax(1) @ rows  # (B, D)
-        return (x_t - signal * m.view(x_t.shape)) / noise  # Eq. 4 solved for ε
+        return (x_t - signal * m.view(x_t.shape)) / noise  # Eq. 4 solved for ε: (B, C, H, W)
 
     return model
 
 
-def predict_x_0(schedule, x_t, t, eps_theta):
-    """Eq. 4 solved for x_0: the picture that a guess of the noise amounts to, as large as x_t."""
-    signal, noise = schedule.signal_and_noise(t)
-    return (x_t - noise * eps_theta) / signal
-
-
 # ONE PIXEL. `python ddpm.py` trains a tiny network on pictures of a single pixel, -1 or +1. Its loss
-# comes near that of the perfect network, which is not 0, as x_t may come from either pixel.
-# (pixel.png, left) Algorithm 2 leads every walk to -1 or +1, and chance decides to which: at first
-# the guess is near 0, then z pushes x_t to one side, and the guess follows. (pixel.png, middle)
+# comes near that of the perfect network (pixel.png, left), except at the smallest t, where ε hides
+# in the last digits of x_t. Even the perfect loss has a hump: at small t the pixel can be seen, at
+# large t ε can, and between them neither.
 #
-# A PICTURE. If the data is the list of training pictures, Algorithm 2 with the perfect network only
-# returns these pictures. So the least possible training loss is memory, and what is new in the
-# samples of a trained network comes from what it could not learn by heart.
+# Algorithm 2 leads its walks to -1 or +1, and chance decides to which: at first the guess of x_0 is
+# near 0, then z pushes x_t to one side, and the guess follows. (pixel.png, middle)
+#
+# MANY PIXELS. If the data is the list of training pictures, Algorithm 2 with the perfect network
+# only returns them. So the least training loss is memory, and what is new in the samples of a
+# trained network comes from what it could not learn by heart.
 
 
 # ==== 6. Fewer steps, and the score ===============================================================
@@ -367,16 +390,12 @@ def predict_x_0(schedule, x_t, t, eps_theta):
 #     x_s = √ᾱ_s x̂_0 + √(1 - ᾱ_s - σ²) ε_θ + σ z
 #     σ²  = η² (1 - ᾱ_s)/(1 - ᾱ_t) (1 - ᾱ_t/ᾱ_s)
 #
-# With η = 1 and s = t - 1, σ² is β̃_t and this is Algorithm 2, but for the clip: a long step trusts
-# x̂_0 more than a short one does, so x̂_0 is kept in [-1, 1], as in Ho's program.
+# Both noises together have the variance 1 - ᾱ_s, as Eq. 4 wants. With η = 1 and s = t - 1, σ² is β̃_t
+# and this is Algorithm 2, but for a clip. At t = T an error of ε_θ is 157 times as large in x̂_0, of
+# which a long step uses much. So x̂_0 is kept in [-1, 1], as in Ho's program.
 #
-# With η = 0 nothing is random but x_T: each walk of a pixel ends on the side where it began, along
-# the solution of an ordinary differential equation (ODE). (pixel.png, right)
-#
-# THE SCORE ∇ log q(x_t) points to where x_t would be more likely, and other texts learn it instead.
-# It is the same but for a factor, and Algorithm 2 is akin to Langevin dynamics, which follows it:
-#
-#     ∇ log q(x_t) = E[∇ log q(x_t | x_0) | x_t] = -E[ε | x_t] / √(1 - ᾱ_t)
+# With η = 0 nothing is random but x_T, and a walk is near the solution of an ordinary differential
+# equation (ODE). The pixel then mostly ends on the side where it began. (pixel.png, right)
 @torch.no_grad()
 def ddim(model, schedule, x_T, steps, eta, generator=None):
     """DDIM in 1 to T steps, with eta from 0 (no fresh noise) to 1. For the rest see algorithm_2."""
@@ -388,13 +407,19 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
         times = torch.full((len(x_T),), t, device=x_T.device)  # (B,)
         x_0_hat = predict_x_0(schedule, x_t, times, model(x_t, times)).clamp(-1, 1)
         eps_theta = (x_t - alpha_bar[t].sqrt() * x_0_hat) / one_minus[t].sqrt()  # after the clip
-        variance = (
-            eta**2 * one_minus[s] / one_minus[t] * (one_minus[t] - one_minus[s]) / alpha_bar[s]
-        )
+        variance = eta**2 * one_minus[s] / one_minus[t] * (1 - alpha_bar[t] / alpha_bar[s])  # σ²
         x_t = alpha_bar[s].sqrt() * x_0_hat + (one_minus[s] - variance).sqrt() * eps_theta
-        z = torch.randn(x_T.shape, generator=generator).to(x_T.device)
+        z = torch.randn(x_T.shape, generator=generator).to(x_T.device)  # (B, C, H, W)
         x_t = x_t + variance.sqrt() * z  # x_t has become x_s
         yield s, x_t
+
+
+# THE SCORE ∇ log q(x_t) points to where x_t would be more likely. Other texts learn it instead of ε,
+# and it is the same but for a factor:
+#
+#     ∇ log q(x_t) = E[∇ log q(x_t | x_0) | x_t] = -E[ε | x_t] / √(1 - ᾱ_t)     as ∇ q = q ∇ log q
+#
+# Small steps along it, with noise in each, are Langevin dynamics, which Algorithm 2 resembles.
 
 
 # ==== 7. Where the loss comes from: the variational bound =========================================
@@ -403,13 +428,14 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 #     p_θ(x_0, ..., x_T) = p(x_T) Π_t p_θ(x_{t-1} | x_t)                  with p(x_T) = N(0, I)
 #     p_θ(x_{t-1} | x_t) = N(x_{t-1}; μ_θ(x_t, t), σ_t² I)                                   (Eq. 1)
 #
-# The integral over x_1, ..., x_T has no formula. But -log of a mean is at most the mean of -log
-# (Jensen's inequality), so with E_q for the mean over the x_1, ..., x_T that q makes from x_0,
+# The integral over all paths x_1, ..., x_T has no formula. But -log of a mean is at most the mean of
+# -log (Jensen's inequality). So, with E_q for the mean over the paths that q makes from x_0,
 #
 #     -log p_θ(x_0) = -log E_q[ p_θ(x_0, ..., x_T) / q(x_1, ..., x_T | x_0) ]
 #                  <= E_q[ -log( p_θ(x_0, ..., x_T) / q(x_1, ..., x_T | x_0) ) ] = L         (Eq. 3)
 #
-# To pair the factors of q with those of p_θ, turn q around. By Bayes' rule, as in section 3,
+# L is the variational bound, and -L the evidence lower bound (ELBO). To pair the factors of q with
+# those of p_θ, turn q around. By Bayes' rule, as in section 3,
 #
 #     q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0)         for t > 1
 #
@@ -427,72 +453,82 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 #             = E_q[ ᾱ_{t-1} β_t / (2 (1 - ᾱ_{t-1}) (1 - ᾱ_t)) ‖x_0 - x̂_0‖² ]          by Eq. 7
 #             = E_q[ (SNR(t-1) - SNR(t))/2 ‖x_0 - x̂_0‖² ]     as ᾱ_{t-1} β_t = ᾱ_{t-1} - ᾱ_t
 #
-# with the signal-to-noise ratio SNR(t) = ᾱ_t/(1 - ᾱ_t). As ‖ε - ε_θ‖² = SNR(t) ‖x_0 - x̂_0‖² by
-# Eq. 4, each term is the loss of section 2, times a weight. Algorithm 1 drops the weights, which
-# are largest at small t: the best guess remains the same, but the effort goes to where pictures
-# take shape. The bound gets worse and the samples better (Ho, Table 1).
+# So by section 5 each term is the loss of section 2, times a weight. Algorithm 1 drops the weights,
+# which are largest at small t. The best guess remains the same, but the effort goes to where
+# pictures take shape. The bound gets worse and the samples better (Ho, Table 1).
 #
-# L_T has no θ in it, and L_0 is almost 0 for pixels of ±1. In bits, L is the mean length of a code
-# for x_0: for one pixel at least that of a coin.
+# The two other terms are almost 0, and bound leaves them out: L_T has no θ in it, and in L_0 only
+# the sign of a pixel counts (Eq. 13, with σ_1² = β_1, as β̃_1 = 0 would give no density).
+#
+# In bits, L is the mean length of a code for x_0. For one pixel and its perfect network it is hardly
+# more than the one bit of a coin. The rest is the price of the path: a true step back is wider than
+# β̃_t, by the doubt about x_0.
 @torch.no_grad()
 def bound(model, schedule, x_0, generator=None):
-    """The terms L_{t-1} of the bound for t > 1, at index t, in bits a picture: float32 (T + 1,).
-
-    x_0: pictures, float32 (n, C, H, W). n: a multiple of T - 1, so that each t comes equally often,
-    or else ValueError. model, generator: as for algorithm_1.
-    """
+    """L_{t-1} (Eq. 8) at index t > 1, in bits a picture: float32 (T + 1,). x_0: (n, C, H, W); n: a
+    multiple of T - 1, for equally many of each t, or else ValueError. The rest: see algorithm_1."""
     T = schedule.T
     if len(x_0) == 0 or len(x_0) % (T - 1):
-        raise ValueError(f"the bound takes a multiple of {T - 1} pictures, not {len(x_0)}")
+        raise ValueError(f"the bound needs a multiple of {T - 1} pictures, not {len(x_0)}")
     t = 2 + torch.arange(len(x_0), device=x_0.device) % (T - 1)  # (n,): 2, ..., T, 2, ...
     x_t = q_sample(schedule, x_0, t, torch.randn(x_0.shape, generator=generator).to(x_0.device))
     x_0_hat = predict_x_0(schedule, x_t, t, model(x_t, t))
     snr = schedule.alpha_bar / schedule.one_minus_alpha_bar  # (T + 1,), infinite at 0
     nats = (snr[t - 1] - snr[t]) / 2 * (x_0 - x_0_hat).square().sum((1, 2, 3))  # (n,)
-    bits = nats.view(-1, T - 1).mean(0) / log(2)  # (T - 1,)
+    bits = nats.view(-1, T - 1).mean(0) / log(2)  # (T - 1,), for t = 2, ..., T
     return F.pad(bits, (2, 0))  # (T + 1,)
 
 
 # ==== Look at it: python ddpm.py ==================================================================
 if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # a notebook may ask for a backend that is not installed
     from matplotlib.figure import Figure
 
     import shapes
 
+    # One pixel: a tiny network learns it by Algorithm 1 and draws it by Algorithm 2.
     torch.manual_seed(0)
     schedule, pixel = Schedule(), torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1)
-    draw = lambda n: pixel[torch.randint(2, (n,))]  # line 2 of Algorithm 1: (n, 1, 1, 1)
-    net = nn.Sequential(
-        nn.Linear(33, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1)
-    )
-    tiny = lambda x, t: net(torch.cat([x[:, :, 0, 0], time_embedding(t, 32)], 1)).view(x.shape)
-    optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
+    hidden = nn.Linear(33, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU()
+    layers = nn.Sequential(*hidden, nn.Linear(64, 1))
+
+    def tiny(x_t, t):
+        x = torch.cat([x_t.flatten(1), time_embedding(t, 32)], dim=1)  # (B, 33)
+        return layers(x).view(x_t.shape)  # (B, 1, 1, 1)
+
+    optimizer = torch.optim.Adam(layers.parameters(), lr=5e-3)
     for _ in range(2000):
-        algorithm_1(tiny, schedule, optimizer, draw(1024))
+        x_0 = pixel[torch.randint(2, (1024,))]  # line 2: (1024, 1, 1, 1)
+        algorithm_1(tiny, schedule, optimizer, x_0)
 
-    perfect, figure = perfect_model(schedule, pixel), Figure(figsize=(12, 3), layout="constrained")
+    figure = Figure(figsize=(12, 3), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    t, x_0, eps = torch.arange(1, 1001).repeat(500), draw(500_000), torch.randn(500_000, 1, 1, 1)
-    for name, model in (("tiny", tiny), ("perfect", perfect)):
-        errors = (model(q_sample(schedule, x_0, t, eps), t) - eps).detach().square()
-        left.plot(errors.view(500, 1000).mean(0), label=name)
-        print(f"one pixel, {name} network: a loss of {errors.mean():.3f}")
-    left.legend(title="loss at t")
+    T, t = schedule.T, torch.arange(1, schedule.T + 1).repeat(1000)  # t: (1000 T,)
+    x_0 = pixel.repeat(500, 1, 1, 1).repeat_interleave(T, dim=0)  # (1000 T, 1, 1, 1)
+    eps = 2**0.5 * torch.linspace(-0.999, 0.999, 1000).erfinv()  # (1000,), a smooth N(0, 1)
+    eps = eps.view(-1, 1, 1, 1).repeat_interleave(T, dim=0)  # (1000 T, 1, 1, 1)
+    for name, model in (("tiny", tiny), ("perfect", perfect_model(schedule, pixel))):
+        error = model(q_sample(schedule, x_0, t, eps), t) - eps  # (1000 T, 1, 1, 1)
+        loss = error.detach().square().view(1000, T).mean(0)  # (T,)
+        left.plot(range(1, T + 1), loss, label=f"{name} network")
+        print(f"one pixel: the loss of the {name} network is {loss.mean():.3f}, as a mean over t")
+    left.set(xlabel="t", ylabel="loss")
+    left.legend()
     x_T = torch.randn(40, 1, 1, 1)
-    walks = algorithm_2(tiny, schedule, x_T), ddim(perfect, schedule, x_T, 1000)
-    for axes, title, walk in zip((middle, right), ("Algorithm 2, tiny", "η = 0, perfect"), walks):
+    walks = algorithm_2(tiny, schedule, x_T), ddim(tiny, schedule, x_T, T, eta=0)
+    for axes, title, walk in zip((middle, right), ("Algorithm 2", "η = 0"), walks):
         x = torch.stack([x_t for _, x_t in walk]).flatten(1)  # (T + 1, 40)
-        axes.plot(range(1000, -1, -1), x, linewidth=0.6)
-        axes.set(xlim=(1000, -15), yticks=[-1, 1], title=title)
-        print(f"{title}: walks end {(x[-1].abs() - 1).abs().mean():.3f} from -1 or +1 on average")
+        axes.plot(range(T, -1, -1), x, linewidth=0.6)
+        axes.set(xlabel="t", ylabel="$x_t$", title=title, xlim=(T, -15), yticks=[-1, 1])
+        print(f"{title}: walks end {(x[-1].abs() - 1).abs().mean():.2f} from -1 or +1, on average")
     figure.savefig("pixel.png", dpi=100)
-    print(f"bound of the perfect network: {bound(perfect, schedule, draw(999_000)).sum():.2f} bits")
 
-    training = shapes.to_model(shapes.make_dataset(2000, seed=0))
+    # A picture: the best guess, if the data is 2,000 pictures, and what Algorithm 2 makes of it.
+    training = shapes.to_model(shapes.make_dataset(2000, seed=0))  # (2000, 1, 32, 32)
     model = perfect_model(schedule, training)
-    *_, (_, x) = algorithm_2(model, schedule, torch.randn(16, 1, 32, 32))
-    print(f"2,000 pictures, perfect: {shapes.copied(x, training):.0%} of the samples are copies")
+    *_, (_, x_0) = algorithm_2(model, schedule, torch.randn(16, 1, 32, 32))
+    print(f"2,000 pictures: {shapes.score(x_0, training)[1]:.0%} of 16 samples are copies")
     t = torch.tensor([1, 200, 400, 500, 600, 700, 800, 1000])
     x_t = q_sample(schedule, training[[3]], t, torch.randn(1, 1, 32, 32))  # (8, 1, 32, 32)
-    x_0_hat = predict_x_0(schedule, x_t, t, model(x_t, t))
-    shapes.tile(torch.cat([x_t, x_0_hat]), columns=8).save("forward.png")
+    rows = torch.cat([x_t, predict_x_0(schedule, x_t, t, model(x_t, t))])  # (16, 1, 32, 32)
+    shapes.tile(rows, columns=8, titles=[f"t = {n}" for n in t]).save("forward.png")

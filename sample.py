@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import ddpm
@@ -61,21 +60,16 @@ def reading(path):
 
 
 def save_process(path, stops):
-    """Saves a GIF of the stops, each (t, x_t, x_0_hat), and every third of them side by side."""
-    frames = []  # t, x_t in the upper row, the guess of x_0 in the lower one
-    for t, x_t, x_0_hat in stops:
-        sheet = shapes.tile(torch.cat([x_t, x_0_hat]), columns=len(x_t))
-        frame = Image.new("RGB", (sheet.width, sheet.height + 24))
-        frame.paste(sheet, (0, 24))
-        ImageDraw.Draw(frame).text((4, 2), f"t = {t}", font_size=18)
-        frames.append(frame)
-    strip = Image.new("RGB", (4 * frame.width, 3 * frame.height))
-    for i, frame in enumerate(frames[::3]):
-        strip.paste(frame, (i % 4 * frame.width, i // 4 * frame.height))
-    strip.save(path)
-    colours = 16 if x_t.shape[1] == 1 else 256  # few greys, so a small file
+    """Saves the stops of a walk, each (t, x_t, x_0_hat): all as a GIF, a third as a strip."""
+    frames = []
+    for t, x_t, x_0_hat in stops:  # x_t in the upper row, the guess of x_0 in the lower one
+        frames.append(shapes.tile(torch.cat([x_t, x_0_hat]), len(x_t), [f"t = {t}"]))
+    colours = 16 if x_t.shape[1] == 1 else 256  # few greys make a small file
     first, *others = [frame.quantize(colours) for frame in frames + 15 * frames[-1:]]
     first.save(path.with_suffix(".gif"), save_all=True, append_images=others, duration=80, loop=0)
+    some = stops[:-1:3] + stops[-1:]
+    rows = torch.stack([torch.stack(pair, 1) for _, *pair in some], 2)  # (n, 2, columns, C, H, W)
+    shapes.tile(rows.flatten(0, 2), len(some), [f"t = {t}" for t, *_ in some]).save(path)
 
 
 def print_score(x, model, schedule, flags):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 
 SIZE = 32  # pixels, height and width of a picture
 GRID = 4  # all sizes and places are multiples of this
@@ -152,17 +152,18 @@ def mirror(x):
     return torch.where(flip, x.flip(3), x)
 
 
-def tile(x, columns=8):
-    """Pictures x, grey or colour, clipped to [-1, 1] and enlarged, as one Pillow image."""
+def tile(x, columns=8, titles=()):
+    """Pictures x, grey or colour, clipped to [-1, 1] and enlarged, with titles above the columns,
+    as one Pillow image."""
     zoom = max(1, 128 // max(x.shape[2:]))
     x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)  # (n, H, W, C)
-    x = x.expand(-1, -1, -1, 3).numpy()  # (n, H, W, 3)
-    h, w = zoom * x.shape[1], zoom * x.shape[2]
-    columns = min(columns, len(x))
-    sheet = Image.new("RGB", ((w + 2) * columns, (h + 2) * -(-len(x) // columns)), "gray")
+    x = x.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).expand(-1, -1, -1, 3).numpy()
+    h, w, top, columns = x.shape[1] + 2, x.shape[2] + 2, 24 * bool(titles), min(columns, len(x))
+    sheet = Image.new("RGB", (w * columns, top + h * -(-len(x) // columns)), "gray")
+    for i, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((i * w + 6, 2), title, "black", font_size=18)
     for i, picture in enumerate(x):
-        image = Image.fromarray(picture).resize((w, h), Image.Resampling.NEAREST)
-        sheet.paste(image, (i % columns * (w + 2) + 1, i // columns * (h + 2) + 1))
+        sheet.paste(Image.fromarray(picture), (i % columns * w + 1, top + i // columns * h + 1))
     return sheet
 
 

@@ -37,8 +37,8 @@ def parse(argv):
     p.add_argument("--output", type=Path, help="a .png (samples.png, process.png, explained.png)")
     p.add_argument("--device", choices=sorted({"cpu", str(best)}), default=str(best))
     args = p.parse_args(argv)
-    name = "process.png" if args.process else "explained.png" if args.explain else "samples.png"
-    args.output = args.output or Path(name)
+    kind = "process" if args.process else "explained" if args.explain else "samples"
+    args.output = args.output or Path(f"{kind}.png")
     if args.n is None:
         args.n = 4 if args.process else 500 if args.score else 16
     if not 1 <= args.n <= (8 if args.process else 10_000) or not 0 <= args.eta <= 1:
@@ -50,12 +50,11 @@ def parse(argv):
 
 @contextmanager
 def reading(path):
-    """Ends the program with one line if anything is wrong with the checkpoint at path."""
+    """Whatever is wrong with the checkpoint at path ends the program with one line."""
     try:
         yield
     except Exception as e:  # noqa: BLE001, a foreign file can be wrong in any way
-        cause = repr(e)
-        cause = cause if len(cause) < 200 else f"{cause[:120]} ... {cause[-80:]}"
+        cause = repr(e) if len(repr(e)) < 200 else f"{e!r:.120} ... {repr(e)[-80:]}"
         sys.exit(f"error: cannot use {path}: {cause}")
 
 
@@ -73,18 +72,17 @@ def save_process(path, stops):
 
 
 def print_score(x, model, schedule, flags):
-    """Prints how many of the samples x are right and how many copies, beside as many pictures that
-    are new, and the bound of the model. flags: of its training."""
-    training = shapes.to_model(shapes.make_dataset(flags["samples"], flags["seed"]))
+    """Prints how many samples x are right and how many copies, as of new pictures, and the bound."""
     terms = 4 * (schedule.T - 1)
+    training = shapes.to_model(shapes.make_dataset(flags["samples"], flags["seed"]))
     new = shapes.to_model(shapes.make_dataset(max(len(x), terms), [flags["seed"], 2]))
-    for name, pictures in (("samples", x), ("new real pictures", new[: len(x)])):
+    for name, pictures in (("samples", x), ("new pictures", new[: len(x)])):
         right, copies = shapes.score(pictures, training)
         print(f"{len(x)} {name}: {right:.1%} right, {copies:.1%} copies of training pictures")
-    quarters = new[:terms].to(schedule.beta.device).split(schedule.T - 1)
-    bits = torch.stack([ddpm.bound(model, schedule, quarter).sum() for quarter in quarters])
-    error = bits.std() / 2
-    print(f"bound: {bits.mean():.0f} ± {error:.0f} bits a picture, on {terms} new real pictures")
+    torch.manual_seed(0)
+    parts = new[:terms].to(schedule.beta.device).split(schedule.T - 1)
+    bits = torch.stack([ddpm.bound(model, schedule, part).sum() for part in parts])  # (4,)
+    print(f"bound: {bits.mean():.0f} ± {bits.std() / 2:.0f} bits a picture ({terms} new pictures)")
 
 
 def main(argv, network=ddpm.UNet):
@@ -93,46 +91,44 @@ def main(argv, network=ddpm.UNet):
     with reading(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         shape, flags, epoch = saved["shape"], saved["flags"], len(saved["losses"])
+        schedule = ddpm.Schedule(saved["beta"], args.device)
         model = network(channels=shape[0]).requires_grad_(False).eval()
         model.load_state_dict(saved["average"])
-        schedule = ddpm.Schedule(saved["beta"], args.device)
     model.to(args.device)
-    steps = args.steps
-    if steps is None:
-        steps = 50 if args.score else schedule.T
-    if not 1 <= steps <= schedule.T:
-        sys.exit(f"error: --steps must be from 1 to {schedule.T}")
-    if flags["data"] and (args.explain or args.score):
-        sys.exit(f"error: {path} has not learned from shapes; --explain and --score are for them")
     print(f"{path}, epoch {epoch}, on {args.device}")
+    if flags["data"] and (args.explain or args.score):
+        sys.exit(
+            f"error: {path} was trained on {flags['data']}; --explain and --score are for shapes"
+        )
+    if args.steps is None:
+        args.steps = 50 if args.score else schedule.T
+    if not 1 <= args.steps <= schedule.T:
+        sys.exit(f"error: --steps must be from 1 to {schedule.T}")
 
     generator = torch.Generator().manual_seed(args.seed)
     x_T = torch.randn(args.n, *shape, generator=generator).to(args.device)
-    if steps == schedule.T and args.eta == 1:
+    if args.steps == schedule.T and args.eta == 1:
         walk = ddpm.algorithm_2(model, schedule, x_T, generator)
     else:
-        walk = ddpm.ddim(model, schedule, x_T, steps, args.eta, generator)
-    shown, stops = {round(steps * i / 33) for i in range(34)}, []  # for --process
-    for i, (t, x) in enumerate(tqdm(walk, total=steps + 1, disable=None)):
+        walk = ddpm.ddim(model, schedule, x_T, args.steps, args.eta, generator)
+    shown, stops = {round(args.steps * i / 33) for i in range(34)}, []  # for --process
+    for i, (t, x) in enumerate(tqdm(walk, total=args.steps + 1, disable=None)):
         if args.process and i in shown:
             times = torch.full((args.n,), t, device=x.device)  # (n,)
             x_0_hat = ddpm.predict_x_0(schedule, x, times, model(x, times))  # x itself at t = 0
             stops.append((t, x.cpu(), x_0_hat.cpu()))
-    x = x.cpu()  # x_0: (n, C, H, W)
     if args.score:
-        return print_score(x, model, schedule, flags)
+        return print_score(x.cpu(), model, schedule, flags)
     if args.process:
         save_process(args.output, stops)
     else:
-        columns = 8 if args.n <= 16 else 16
-        shapes.tile(shapes.coloured(x) if args.explain else x, columns).save(args.output)
+        x = shapes.coloured(x.cpu()) if args.explain else x.cpu()
+        shapes.tile(x, columns=8 if args.n <= 16 else 16).save(args.output)
     print(f"saved {args.output}")
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(130)
     except (OSError, torch.OutOfMemoryError) as e:
         sys.exit(f"error: {e}")

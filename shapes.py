@@ -1,8 +1,7 @@
-"""The data: 32x32 binary pictures with one to three shapes from a catalogue, or your own pictures.
+"""The data: 32x32 binary pictures with one to three shapes, or your own. For the model a picture is
+float32 (C, H, W) in [-1, 1].
 
 python shapes.py        saves shapes.png: training pictures in colours
-
-Everywhere outside this file pictures are float32 (n, C, H, W) in [-1, 1]; of shapes (n, 1, 32, 32).
 """
 
 import sys
@@ -97,18 +96,16 @@ def draw_picture(kinds, rng):
 def make_dataset(n, seed):
     """n pictures, uint8 (n, 32, 32), background 0 and shape 1. seed: as for default_rng.
 
-    36 % have one shape, 48 % two and 16 % three, and every kind is as likely as the others. If the
-    shapes do not fit, all but the kinds are drawn again: so those that need little room are more
-    frequent where there are three.
+    36 % have one shape, 48 % two and 16 % three, each of a kind drawn uniformly. If they do not fit,
+    all but the kinds is drawn again, so where there are three, small ones are more frequent.
     """
     rng = np.random.default_rng(seed)
     pictures = np.zeros((n, SIZE, SIZE), dtype=np.uint8)
     for i in range(n):
         number = 1 + rng.binomial(2, 0.4)
         kinds = [KINDS[k] for k in rng.integers(len(KINDS), size=number)]
-        picture = None
-        while picture is None:
-            picture = draw_picture(kinds, rng)
+        while (picture := draw_picture(kinds, rng)) is None:
+            pass
         pictures[i] = picture
     return pictures
 
@@ -122,24 +119,23 @@ def load_pictures(folder):
     """All .png, .jpg and .jpeg files of a folder, sorted by name: float32 (n, C, H, W) in [-1, 1].
 
     C is 1 if every pixel is grey, else 3. Transparent pixels become white, as on a page. Raises
-    OSError, in one line, if there is no picture, and for the first one that cannot be read, has 16
-    bits a pixel, another size than the one before, or sides that are no multiples of 8.
+    OSError, in one line, if there is none, and for the first that cannot be read, has 16 bits a
+    pixel, another size than the one before, or sides that are no multiples of 8.
     """
-    endings, pictures = (".png", ".jpg", ".jpeg"), []
-    for file in sorted(f for f in Path(folder).iterdir() if f.suffix.lower() in endings):
+    pictures = []
+    for file in sorted(Path(folder).iterdir()):
+        if file.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+            continue
         try:
             image = Image.open(file)
-            layers = image.convert("RGBA")
+            layer = image.convert("RGBA")
         except Exception as e:
             raise OSError(f"cannot read {file}: {e}") from e
-        page = Image.new("RGBA", image.size, "white")
-        page.alpha_composite(layers)
+        page = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer)
         pictures.append(np.asarray(page.convert("RGB")))  # (H, W, 3)
-        if image.mode.startswith("I"):
-            raise OSError(f"{file} has 16 bits a pixel; save it with 8")
-        if image.width % 8 or image.height % 8 or pictures[-1].shape != pictures[0].shape:
-            size = f"{image.width}x{image.height}"
-            raise OSError(f"{file} has {size} pixels; all need one size, and sides in steps of 8")
+        h, w, _ = shape = pictures[-1].shape
+        if h % 8 or w % 8 or shape != pictures[0].shape or image.mode.startswith("I"):
+            raise OSError(f"{file} is {w}x{h}, {image.mode}; want one size, in steps of 8, 8 bits")
     if not pictures:
         raise OSError(f"no .png, .jpg or .jpeg in {folder}")
     x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1  # (n, 3, H, W)
@@ -170,21 +166,16 @@ def tile(x, columns=8, titles=()):
 # ==== 3. Is a picture right? ======================================================================
 
 
-def find_blobs(picture):
-    """The connected sets of pixels, also across corners: bool (32, 32) -> list of the same."""
-    shape = torch.from_numpy(picture.astype(np.float32))[None]  # (1, 32, 32)
-    label = shape * torch.arange(1, shape.numel() + 1).view(shape.shape)  # of each pixel its own
-    while True:
-        spread = shape * F.max_pool2d(label, 3, stride=1, padding=1)  # the largest in reach
-        if torch.equal(spread, label):
-            return [(label[0] == n).numpy() for n in label.unique() if n > 0]
-        label = spread
-
-
 def explain(picture):
-    """Cuts bool (32, 32), True is shape, into blobs: a list of (kind or None, blob)."""
+    """Cuts a picture, bool (32, 32), into blobs: the connected sets of shape pixels, also across
+    corners. Returns a list of (kind, blob), with None for a blob that is in no catalogue."""
+    shape = torch.from_numpy(picture)[None].float()  # (1, 32, 32)
+    label, spread = None, shape * torch.arange(1, shape.numel() + 1).view(shape.shape)
+    while label is None or not label.equal(spread):  # each pixel takes the largest label in reach
+        label, spread = spread, shape * F.max_pool2d(spread, 3, stride=1, padding=1)
     found = []
-    for blob in find_blobs(picture):
+    for n in label[label > 0].unique():
+        blob = (label[0] == n).numpy()
         rows, columns = blob.any(1).nonzero()[0], blob.any(0).nonzero()[0]
         cut = blob[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         found.append((KIND_OF.get(key(cut)), blob))

@@ -37,8 +37,10 @@ def parse(argv):
     p.add_argument("--logs", type=Path, default="logs", help="for TensorBoard (logs)")
     args = p.parse_args(argv)
     possible = 1 <= args.batch_size <= args.samples and args.lr > 0 and 0 <= args.seed < 2**32
-    if not possible and not args.resume:
-        p.error("--batch-size must be from 1 to --samples, --lr above 0, --seed from 0 to 2**32")
+    if not (possible or args.resume) or (args.epochs is not None and args.epochs < 1):
+        p.error(
+            "wanted: --epochs > 0, 0 < --batch-size <= --samples, --lr > 0, --seed in 0..2**32-1"
+        )
     return args
 
 

@@ -29,8 +29,8 @@ That is two algorithms, printed here as in the paper:
     letter   in code              meaning
     x_0      x_0                  a picture, drawn (~) from the distribution of the data, q(x_0)
     x_t      x_t                  the picture after t of T = 1000 noising steps
-    ε        eps                  the noise in x_t before it is scaled: from N(0, I), so each number
-                                  in it is a Gaussian of its own, with mean 0 and variance 1
+    ε        eps                  the noise in x_t, not yet scaled: from N(0, I), so each number in
+                                  it is a Gaussian of its own, with mean 0 and variance 1
     ε_θ      eps_theta            the noise that the network guesses, with its weights θ
     x̂_0      x_0_hat              the picture that this guess amounts to
     β_t      beta                 the variance of the noise that step t adds
@@ -60,8 +60,8 @@ from torch import nn
 #
 #     q(x_t | x_{t-1}) = N(x_t; √(1 - β_t) x_{t-1}, β_t I)                                   (Eq. 2)
 #
-# where N(x; mean, variance) is the density of a Gaussian at x. Why shrink? So that numbers do not
-# grow: our pixels are -1 or +1, with a mean square of 1, and (1 - β_t) + β_t = 1 keeps it so.
+# where N(x; mean, variance) is the density of a Gaussian at x. Why shrink? So that x_0 fades and
+# nothing grows: the mean square of our pixels, -1 or +1, is 1 and remains (1 - β_t) + β_t = 1.
 #
 # To reach x_t we need not walk. A sum of independent Gaussians is a Gaussian, and their variances
 # add up. So, with α_t = 1 - β_t, two steps are one:
@@ -74,14 +74,13 @@ from torch import nn
 #
 #     x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε                                                          (Eq. 4)
 #
-# The β_t are chosen by hand: small at first, when a little noise hides a detail, and larger later.
-# At t = T less than a hundredth of x_0 is left, so sampling can start from pure noise. At t = 500 it
-# could not: a quarter is left.
+# At t = T less than a hundredth of x_0 is left, so sampling can start from pure noise; at t = 500
+# it could not. The β_t are chosen by hand: small at first, when a little noise hides a detail.
 BETA = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # β_1, ..., β_T of the paper: (T,)
 
 
 class Schedule:
-    """T, and the tables beta, alpha, alpha_bar, one_minus_alpha_bar: float32 (T + 1,).
+    """Holds T and the tables beta, alpha, alpha_bar, one_minus_alpha_bar: float32 (T + 1,).
 
     beta: β_1, ..., β_T, float (T,), between 0 and 1. The tables are indexed by the paper's t;
     alpha_bar[0] = 1. Computed in float64, as in float32 a 1 - alpha_bar near 0 loses its digits.
@@ -110,32 +109,32 @@ def q_sample(schedule, x_0, t, eps):
 
 # ==== 2. Training: Algorithm 1 ====================================================================
 # The network sees x_t and t, and guesses ε (noise prediction). Its loss is the squared error of the
-# guess (Eq. 14). An untrained network guesses 0, so the loss begins at 1, the variance of ε.
+# guess (Eq. 14). Our U-Net at first guesses 0, so the loss begins at 1, the variance of ε.
 #
 # Many pictures could be behind the same x_t, and the network cannot know which one it was. It
 # learns the guess with the least squared error, and that is an average: the mean of ε over all of
 # these pictures, each counted by its probability. (Section 5 proves it.)
 #
-# The loss is meant for every t. But one t for each picture, drawn at random, gives the same
-# gradient on average, and many more pictures in the same time.
+# The loss is a mean over all t. One t for each picture, drawn at random, gives the same gradient on
+# average, and time for many more pictures.
 #
-# BEYOND THE PAPER. Line 3 is the one line of both algorithms that differs. In the paper all t are
-# equally likely: draw_t would `return a`. Here middle t are more likely, because there a picture is
-# decided: at small t it can be seen, at large t nobody could know it.
+# BEYOND THE PAPER. In the paper all t are equally likely: draw_t would `return a`. Here the middle t
+# are more likely, because there it is decided what a picture shows: at small t one can see it in
+# x_t, at large t nobody could know. This is our one change to the algorithms.
 def draw_t(n, T, generator=None):
     """Line 3 of Algorithm 1: int64 (n,), each from 1 to T. generator: on the CPU."""
     a, b = torch.randint(1, T + 1, (2, n), generator=generator)  # (n,) each
     t = (a + b) // 2
-    t[::16] = a[::16]  # or else the last steps would hardly be trained
+    t[::16] = a[::16]  # or else the smallest t would hardly be trained
     return t
 
 
 def algorithm_1(model, schedule, optimizer, x_0, generator=None):
     """One round of Algorithm 1, with x_0 of line 2: changes the weights, returns the loss, 0-d.
 
-    model: called as model(x_t, t), with t int64 (B,), it guesses eps, as large as x_t. optimizer:
-    of its weights. x_0: float32 (B, C, H, W) in [-1, 1]. generator: on the CPU, where all noise is
-    drawn, so that a seed means the same on every device.
+    model: called as model(x_t, t), with t int64 (B,), it guesses eps, in the shape of x_t.
+    optimizer: of its weights. x_0: float32 (B, C, H, W) in [-1, 1]. generator: on the CPU, where
+    all noise is drawn, so that a seed means the same on every device.
     """
     t = draw_t(len(x_0), schedule.T, generator).to(x_0.device)  # line 3, one for each picture: (B,)
     eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)  # line 4: (B, C, H, W)
@@ -149,9 +148,8 @@ def algorithm_1(model, schedule, optimizer, x_0, generator=None):
 
 # ==== 3. Sampling: Algorithm 2 ====================================================================
 # Now back, from x_t to x_{t-1}. Suppose for a moment that x_0 is known. Then we know two things
-# about x_{t-1}: it was made from x_0 (Eq. 4), and x_t was made from it (Eq. 2). Bayes' rule puts
-# the two together. As step t looks only at x_{t-1} and not at x_0 (the Markov property), it says,
-# up to a constant,
+# about x_{t-1}: it was made from x_0 (Eq. 4), and x_t was made from it (Eq. 2), by a step that looks
+# only at x_{t-1} and not at x_0 (the Markov property). Bayes' rule puts the two together:
 #
 #     q(x_{t-1} | x_t, x_0)  ∝  q(x_{t-1} | x_0)  q(x_t | x_{t-1})
 #
@@ -182,12 +180,11 @@ def predict_x_0(schedule, x_t, t, eps_theta):
 #
 #     μ_θ(x_t, t) = 1/√α_t (x_t - β_t/√(1 - ᾱ_t) ε_θ(x_t, t))                               (Eq. 11)
 #
-# A step back draws from a Gaussian around this mean, as Bayes' rule says. The mean alone would be
-# smoother than any x_{t-1} in training, as noise is lost in an average.
+# A step back draws from a Gaussian around this mean; without its noise, x_{t-1} would be too smooth.
+# That is exact if x_0 is known, and nearly so in short steps: so T is large.
 #
-# How wide is the Gaussian? σ_t² = β̃_t is right if there is only one picture, and σ_t² = β_t if the
-# data is N(0, I). In short steps they are almost the same, so T is large. The paper found them alike
-# (Section 3.2). We take β̃_t.
+# How wide is it? σ_t² = β̃_t is right if there is only one picture, σ_t² = β_t if the data is N(0, I).
+# They differ at the smallest t, and both worked alike in the paper (Section 3.2). We take β̃_t.
 @torch.no_grad()
 def algorithm_2(model, schedule, x_T, generator=None):
     """Algorithm 2. Yields (t, x_t) for t = T, ..., 0: first x_T as given, last the samples x_0.
@@ -199,7 +196,8 @@ def algorithm_2(model, schedule, x_T, generator=None):
     yield schedule.T, x_t
     for t in range(schedule.T, 0, -1):  # line 2
         z = torch.randn(x_T.shape, generator=generator).to(x_T.device) if t > 1 else 0  # line 3
-        eps_theta = model(x_t, torch.full((len(x_T),), t, device=x_T.device))
+        times = torch.full((len(x_T),), t, device=x_T.device)  # (B,)
+        eps_theta = model(x_t, times)
         mu_theta = (x_t - beta[t] / one_minus[t].sqrt() * eps_theta) / alpha[t].sqrt()  # Eq. 11
         sigma = (one_minus[t - 1] / one_minus[t] * beta[t]).sqrt()  # √β̃_t
         x_t = mu_theta + sigma * z  # line 4: x_t becomes x_{t-1}
@@ -209,8 +207,8 @@ def algorithm_2(model, schedule, x_T, generator=None):
 # ==== 4. The network ==============================================================================
 # TIME. Any network will do that takes x_t and t and returns a tensor as large as x_t. It must know
 # t: a bright speck is noise at t = 900 and part of the picture at t = 5. Sines and cosines of t tell
-# it like the hands of a clock: the fast ones tell t from t + 1, the slow ones early from late.
-# (Vaswani et al. 2017, arXiv 1706.03762, Section 3.5)
+# it like the hands of a clock: fast ones tell t from t + 1, slow ones early from late. (Vaswani et
+# al. 2017, arXiv 1706.03762, Section 3.5)
 def time_embedding(t, dim):
     """Sines and cosines of t, float32 (B, dim) in [-1, 1]. t: int64 (B,); dim: even."""
     share = torch.arange(dim // 2, device=t.device) / (dim // 2)  # (dim / 2,), from 0 to almost 1
@@ -241,14 +239,14 @@ class ResBlock(nn.Module):
 
     def forward(self, x, time):
         h = self.conv1(F.silu(self.norm1(x)))  # (B, c_mid, H, W)
-        h = h + self.time(time)[:, :, None, None]  # time: (B, c_mid, 1, 1)
+        h = h + self.time(time)[:, :, None, None]  # the same for all pixels: (B, c_mid, 1, 1)
         return self.skip(x) + self.conv2(F.silu(self.norm2(h)))  # (B, c_out, H, W)
 
 
 # ATTENTION lets distant places talk; a convolution sees only neighbours. Every place has a query, a
 # key and a value, vectors of d numbers, and receives a mean of all values, weighted by how well its
-# query matches their keys: softmax(q k^T / √d) v. Without √d, the size of a sum of d products, each
-# place would soon look at one other only. The work grows as the square of the number of places, so
+# query matches their keys: softmax(q k^T / √d) v. Without √d the sums of d products would be so large
+# that each place sees one other only. The work grows as the square of the number of places, so
 # larger pictures are averaged to 8x8 first.
 class Attention(nn.Module):
     """Self-attention with one head, added to its input: (B, C, H, W) -> (B, C, H, W)."""
@@ -294,9 +292,9 @@ class Up(nn.Module):
 
 
 class UNet(nn.Module):
-    """The network. channels: of the pictures, whose sides are multiples of 8. Inside: widths at
-    full, half and quarter size, bottleneck at an eighth, narrow in its blocks, all multiples of 8.
-    time_dim: of the time vector, even."""
+    """The network: x_t, (B, channels, H, W), and t, int64 (B,) -> eps_theta, as x_t. Multiples of 8
+    are H, W and all numbers of channels inside: widths at full, half and quarter size, bottleneck
+    at an eighth, narrow in the blocks there."""
 
     def __init__(self, channels=1, widths=(16, 32, 128), bottleneck=512, narrow=64, time_dim=128):
         super().__init__()
@@ -313,7 +311,6 @@ class UNet(nn.Module):
         self.out = zero_init(nn.Conv2d(c1, channels, 3, padding=1))
 
     def forward(self, x_t, t):
-        """x_t: float32 (B, channels, H, W). t: int64 (B,), from 1 to T. Returns eps_theta."""
         time = self.time(time_embedding(t, self.time_dim))  # (B, time_dim)
         x = self.stem(x_t)  # (B, c1, h, w), where h, w = H, W
         skips = []
@@ -335,18 +332,18 @@ class UNet(nn.Module):
 
 
 # ==== 5. A perfect network, and one pixel =========================================================
-# What is the best guess? For a given x_t the errors of ε_θ and x̂_0 are proportional, by Eq. 4:
+# What is the best guess? By Eq. 4, for a given x_t, the errors of ε_θ and x̂_0 are proportional:
 #
 #     ‖ε - ε_θ‖² = SNR(t) ‖x_0 - x̂_0‖²       with the signal-to-noise ratio SNR(t) = ᾱ_t/(1 - ᾱ_t)
 #
-# So look at x_0. Many pictures could be behind x_t; let m = E[x_0 | x_t] be their mean, each counted
-# by its probability. A guess c has the expected squared error
+# So look at x_0. Let E be the mean over all pictures that could be behind x_t, each counted by its
+# probability, and m = E[x_0]. A guess c has the expected squared error
 #
 #     E[‖x_0 - c‖²] = E[‖x_0 - m‖²] + 2 E[x_0 - m]·(m - c) + ‖m - c‖²
 #
 # The middle term vanishes, as E[x_0 - m] = m - m = 0, and the first does not depend on c. So the
 # best guess is c = m. At large t it is a grey blur (forward.png), so one step from noise draws no
-# picture; but less is in doubt after each step back, and the next guess is sharper.
+# picture. But a step back leaves less in doubt, and the next guess is sharper.
 #
 # If the data is a list of pictures, all equally likely, m needs no training. Bayes' rule gives the
 # probability w_i that picture i is behind x_t:
@@ -360,42 +357,41 @@ def perfect_model(schedule, pictures):
     def model(x_t, t):
         signal, noise = schedule.signal_and_noise(t)
         a, b = signal.flatten(1), noise.flatten(1)  # (B, 1) each
-        # -‖x_t - a picture‖² / 2, without ‖x_t‖² / 2, which is the same for all pictures:
-        fit = a * (x_t.flatten(1) @ rows.mT) - a**2 * rows.square().sum(1) / 2  # (B, N)
-        m = (fit / b**2).softmax(1) @ rows  # (B, D)
+        distance = a * torch.cdist(x_t.flatten(1) / a, rows)  # ‖x_t - √ᾱ_t picture‖: (B, N)
+        m = (-(distance**2) / (2 * b**2)).softmax(1) @ rows  # (B, D)
         return (x_t - signal * m.view(x_t.shape)) / noise  # Eq. 4 solved for ε: (B, C, H, W)
 
     return model
 
 
 # ONE PIXEL. `python ddpm.py` trains a tiny network on pictures of a single pixel, -1 or +1. Its loss
-# comes near that of the perfect network (pixel.png, left), except at the smallest t, where ε hides
-# in the last digits of x_t. Even the perfect loss has a hump: at small t the pixel can be seen, at
-# large t ε can, and between them neither.
+# comes near that of the perfect network (pixel.png, left), but for the smallest t, where ε is only a
+# hundredth of x_t. Both have a hump: at small t the pixel can be seen, at large t ε can, in between
+# neither.
 #
 # Algorithm 2 leads its walks to -1 or +1, and chance decides to which: at first the guess of x_0 is
 # near 0, then z pushes x_t to one side, and the guess follows. (pixel.png, middle)
 #
-# MANY PIXELS. If the data is the list of training pictures, Algorithm 2 with the perfect network
-# only returns them. So the least training loss is memory, and what is new in the samples of a
-# trained network comes from what it could not learn by heart.
+# MANY PIXELS. If the data is the list of training pictures, the perfect network only draws these. So
+# the least training loss is memory, and what is new in the samples of a trained network comes from
+# what it could not learn by heart.
 
 
 # ==== 6. Fewer steps, and the score ===============================================================
 # Song, Meng & Ermon, "Denoising Diffusion Implicit Models" (DDIM, 2021, arXiv 2010.02502), noticed
 # that the loss knows q(x_t | x_0) and nothing of the path between. So the same network can jump
 # from t to any earlier s: guess x_0 and ε, and mix them anew as Eq. 4 does at s. A part σ² of the
-# noise may be fresh (their Eq. 12 and 16; they write α for ᾱ):
+# noise may be fresh (their Eq. 12 and 16, with α for ᾱ):
 #
 #     x_s = √ᾱ_s x̂_0 + √(1 - ᾱ_s - σ²) ε_θ + σ z
 #     σ²  = η² (1 - ᾱ_s)/(1 - ᾱ_t) (1 - ᾱ_t/ᾱ_s)
 #
-# Both noises together have the variance 1 - ᾱ_s, as Eq. 4 wants. With η = 1 and s = t - 1, σ² is β̃_t
-# and this is Algorithm 2, but for a clip. At t = T an error of ε_θ is 157 times as large in x̂_0, of
-# which a long step uses much. So x̂_0 is kept in [-1, 1], as in Ho's program.
+# The variances of the two noises add up to 1 - ᾱ_s, as in Eq. 4. With η = 1 and s = t - 1, σ² is β̃_t
+# and this is Algorithm 2, but for a clip: at t = T an error of ε_θ is 157 times as large in x̂_0, on
+# which a long step relies. So x̂_0 is kept in [-1, 1], as in Ho's program.
 #
-# With η = 0 nothing is random but x_T, and a walk is near the solution of an ordinary differential
-# equation (ODE). The pixel then mostly ends on the side where it began. (pixel.png, right)
+# With η = 0 nothing is random but x_T, and with many steps a walk comes near the solution of an
+# ordinary differential equation (ODE). Mostly it ends on the side where it began. (pixel.png, right)
 @torch.no_grad()
 def ddim(model, schedule, x_T, steps, eta, generator=None):
     """DDIM in 1 to T steps, with eta from 0 (no fresh noise) to 1. For the rest see algorithm_2."""
@@ -417,9 +413,10 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 # THE SCORE ∇ log q(x_t) points to where x_t would be more likely. Other texts learn it instead of ε,
 # and it is the same but for a factor:
 #
-#     ∇ log q(x_t) = E[∇ log q(x_t | x_0) | x_t] = -E[ε | x_t] / √(1 - ᾱ_t)     as ∇ q = q ∇ log q
+#     ∇ log q(x_t) = E[∇ log q(x_t | x_0)] = -E[ε] / √(1 - ᾱ_t)            with the E of section 5
 #
-# Small steps along it, with noise in each, are Langevin dynamics, which Algorithm 2 resembles.
+# (Write q(x_t) as an integral over x_0, and ∇q as q ∇ log q.) Small steps along it, with noise in
+# each, are Langevin dynamics, which Algorithm 2 resembles.
 
 
 # ==== 7. Where the loss comes from: the variational bound =========================================
@@ -428,8 +425,8 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 #     p_θ(x_0, ..., x_T) = p(x_T) Π_t p_θ(x_{t-1} | x_t)                  with p(x_T) = N(0, I)
 #     p_θ(x_{t-1} | x_t) = N(x_{t-1}; μ_θ(x_t, t), σ_t² I)                                   (Eq. 1)
 #
-# The integral over all paths x_1, ..., x_T has no formula. But -log of a mean is at most the mean of
-# -log (Jensen's inequality). So, with E_q for the mean over the paths that q makes from x_0,
+# p_θ(x_0) is an integral over all paths x_1, ..., x_T, and has no formula. But -log of a mean is at
+# most the mean of -log (Jensen's inequality). So, with E_q over the paths that q makes from x_0,
 #
 #     -log p_θ(x_0) = -log E_q[ p_θ(x_0, ..., x_T) / q(x_1, ..., x_T | x_0) ]
 #                  <= E_q[ -log( p_θ(x_0, ..., x_T) / q(x_1, ..., x_T | x_0) ) ] = L         (Eq. 3)
@@ -439,7 +436,8 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 #
 #     q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0)         for t > 1
 #
-# In the product over t the fractions cancel, all but q(x_T | x_0) / q(x_1 | x_0), and so
+# In the product over t the fractions cancel but for q(x_T | x_0) / q(x_1 | x_0), whose denominator is
+# the factor of t = 1. So
 #
 #     q(x_1, ..., x_T | x_0) = q(x_T | x_0) Π_{t>1} q(x_{t-1} | x_t, x_0)
 #     L = E_q[ KL(q(x_T | x_0) ‖ p(x_T))                                        L_T
@@ -453,16 +451,13 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 #             = E_q[ ᾱ_{t-1} β_t / (2 (1 - ᾱ_{t-1}) (1 - ᾱ_t)) ‖x_0 - x̂_0‖² ]          by Eq. 7
 #             = E_q[ (SNR(t-1) - SNR(t))/2 ‖x_0 - x̂_0‖² ]     as ᾱ_{t-1} β_t = ᾱ_{t-1} - ᾱ_t
 #
-# So by section 5 each term is the loss of section 2, times a weight. Algorithm 1 drops the weights,
+# So by section 5 each term is the loss of section 2, times a weight. Algorithm 1 replaces the weights,
 # which are largest at small t. The best guess remains the same, but the effort goes to where
 # pictures take shape. The bound gets worse and the samples better (Ho, Table 1).
 #
-# The two other terms are almost 0, and bound leaves them out: L_T has no θ in it, and in L_0 only
-# the sign of a pixel counts (Eq. 13, with σ_1² = β_1, as β̃_1 = 0 would give no density).
-#
-# In bits, L is the mean length of a code for x_0. For one pixel and its perfect network it is hardly
-# more than the one bit of a coin. The rest is the price of the path: a true step back is wider than
-# β̃_t, by the doubt about x_0.
+# With pixels of ±1 the two other terms are almost 0, and bound leaves them out: L_T has no θ, and in
+# L_0 only the sign counts (Eq. 13, with σ_1² = β_1, as β̃_1 = 0 would give no density). In bits, L is
+# the mean length of an ideal code for x_0: for one pixel, hardly more than the bit of a coin.
 @torch.no_grad()
 def bound(model, schedule, x_0, generator=None):
     """L_{t-1} (Eq. 8) at index t > 1, in bits a picture: float32 (T + 1,). x_0: (n, C, H, W); n: a
@@ -489,8 +484,8 @@ if __name__ == "__main__":
     # One pixel: a tiny network learns it by Algorithm 1 and draws it by Algorithm 2.
     torch.manual_seed(0)
     schedule, pixel = Schedule(), torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1)
-    hidden = nn.Linear(33, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU()
-    layers = nn.Sequential(*hidden, nn.Linear(64, 1))
+    one, two, three = nn.Linear(33, 64), nn.Linear(64, 64), nn.Linear(64, 1)
+    layers = nn.Sequential(one, nn.SiLU(), two, nn.SiLU(), three)
 
     def tiny(x_t, t):
         x = torch.cat([x_t.flatten(1), time_embedding(t, 32)], dim=1)  # (B, 33)
@@ -520,15 +515,12 @@ if __name__ == "__main__":
         x = torch.stack([x_t for _, x_t in walk]).flatten(1)  # (T + 1, 40)
         axes.plot(range(T, -1, -1), x, linewidth=0.6)
         axes.set(xlabel="t", ylabel="$x_t$", title=title, xlim=(T, -15), yticks=[-1, 1])
-        print(f"{title}: walks end {(x[-1].abs() - 1).abs().mean():.2f} from -1 or +1, on average")
     figure.savefig("pixel.png", dpi=100)
 
-    # A picture: the best guess, if the data is 2,000 pictures, and what Algorithm 2 makes of it.
+    # A picture: noise on it, and the best guess of it, if the data is 2,000 pictures.
     training = shapes.to_model(shapes.make_dataset(2000, seed=0))  # (2000, 1, 32, 32)
-    model = perfect_model(schedule, training)
-    *_, (_, x_0) = algorithm_2(model, schedule, torch.randn(16, 1, 32, 32))
-    print(f"2,000 pictures: {shapes.score(x_0, training)[1]:.0%} of 16 samples are copies")
     t = torch.tensor([1, 200, 400, 500, 600, 700, 800, 1000])
     x_t = q_sample(schedule, training[[3]], t, torch.randn(1, 1, 32, 32))  # (8, 1, 32, 32)
-    rows = torch.cat([x_t, predict_x_0(schedule, x_t, t, model(x_t, t))])  # (16, 1, 32, 32)
+    eps_theta = perfect_model(schedule, training)(x_t, t)  # (8, 1, 32, 32)
+    rows = torch.cat([x_t, predict_x_0(schedule, x_t, t, eps_theta)])  # (16, 1, 32, 32)
     shapes.tile(rows, columns=8, titles=[f"t = {n}" for n in t]).save("forward.png")

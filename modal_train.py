@@ -19,24 +19,23 @@ image = image.add_local_python_source("ddpm", "shapes", "sample", "train")
 @app.function(image=image, gpu="A100", volumes={FOLDER: volume}, timeout=24 * 3600, retries=3)
 def train(flags, run, folder=FOLDER, script="/root/train.py"):
     """Runs train.py with these flags, a list of words. run: names the call. Returns the status."""
-    import train as local
+    from train import set_aside
 
-    folder = Path(folder)
-    name = folder / "run.txt"
-    if not name.exists() or name.read_text() != run:
+    call = Path(folder, "run.txt")
+    if call.exists() and call.read_text() == run:  # Modal calls again after an interruption
+        flags = flags + ["--resume"] * Path(folder, "latest.pt").exists()
+    else:
         if "--resume" not in flags:
-            local.set_aside(folder)
-        name.write_text(run)
-    elif (folder / "latest.pt").exists():  # Modal calls again after an interruption
-        flags = [*flags, "--resume"]
-    places = ["--checkpoints", folder, "--logs", folder / "logs"]
+            set_aside(Path(folder))
+        call.write_text(run)
+    places = ["--checkpoints", folder, "--logs", f"{folder}/logs"]
     return subprocess.run([sys.executable, script, *flags, *places], check=False).returncode
 
 
 @app.local_entrypoint()
 def main(*flags):
     if any(flag.startswith("--data") for flag in flags):
-        sys.exit("error: --data does not reach the cloud; train there on shapes")
+        sys.exit("error: --data does not reach the cloud")
     status = train.spawn(list(flags), time.strftime("%Y-%m-%d_%H-%M-%S")).get()
     if status:
         sys.exit(status)

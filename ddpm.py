@@ -164,8 +164,7 @@ def algorithm_1(model, schedule, optimizer, x_0, generator=None):
 #     μ̃_t(x_t, x_0) = √ᾱ_{t-1} β_t/(1 - ᾱ_t) x_0 + √α_t (1 - ᾱ_{t-1})/(1 - ᾱ_t) x_t          (Eq. 7)
 #     β̃_t = (1 - ᾱ_{t-1})/(1 - ᾱ_t) β_t
 #
-# (At t = 1 these are x_0 and 0.) But x_0 is not known. In its place goes the guess of the network,
-# by Eq. 4 solved for x_0:
+# or x_0 and 0 at t = 1. But x_0 is not known. The guess of the network takes its place, by Eq. 4:
 def predict_x_0(schedule, x_t, t, eps_theta):
     """x_0_hat = (x_t - √(1 - ᾱ_t) ε_θ)/√ᾱ_t, (B, C, H, W), as x_t and eps_theta. t: int64 (B,)."""
     signal, noise = schedule.signal_and_noise(t)
@@ -246,8 +245,8 @@ class ResBlock(nn.Module):
 # ATTENTION lets distant places talk; a convolution sees only neighbours. Every place has a query, a
 # key and a value, vectors of d numbers, and receives a mean of all values, weighted by how well its
 # query matches their keys: softmax(q k^T / √d) v. Without √d the sums of d products would be so large
-# that each place sees one other only. The work grows as the square of the number of places, so
-# larger pictures are averaged to 8x8 first.
+# that each place sees one other only. The work grows as places squared, so larger pictures are
+# averaged to 8x8 places first.
 class Attention(nn.Module):
     """Self-attention with one head, added to its input: (B, C, H, W) -> (B, C, H, W)."""
 
@@ -343,7 +342,7 @@ class UNet(nn.Module):
 #
 # The middle term vanishes, as E[x_0 - m] = m - m = 0, and the first does not depend on c. So the
 # best guess is c = m. At large t it is a grey blur (forward.png), so one step from noise draws no
-# picture. But a step back leaves less in doubt, and the next guess is sharper.
+# picture. A step back leaves less in doubt, and the next guess is sharper.
 #
 # If the data is a list of pictures, all equally likely, m needs no training. Bayes' rule gives the
 # probability w_i that picture i is behind x_t:
@@ -365,9 +364,8 @@ def perfect_model(schedule, pictures):
 
 
 # ONE PIXEL. `python ddpm.py` trains a tiny network on pictures of a single pixel, -1 or +1. Its loss
-# comes near that of the perfect network (pixel.png, left), but for the smallest t, where ε is only a
-# hundredth of x_t. Both have a hump: at small t the pixel can be seen, at large t ε can, in between
-# neither.
+# comes near that of the perfect network (pixel.png, left), but for the smallest t, where ε is hard to
+# see in x_t. Both have a hump: at small t the pixel is clear, at large t ε is, in between neither.
 #
 # Algorithm 2 leads its walks to -1 or +1, and chance decides to which: at first the guess of x_0 is
 # near 0, then z pushes x_t to one side, and the guess follows. (pixel.png, middle)
@@ -415,8 +413,8 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 #
 #     ∇ log q(x_t) = E[∇ log q(x_t | x_0)] = -E[ε] / √(1 - ᾱ_t)            with the E of section 5
 #
-# (Write q(x_t) as an integral over x_0, and ∇q as q ∇ log q.) Small steps along it, with noise in
-# each, are Langevin dynamics, which Algorithm 2 resembles.
+# (Use ∇q = q ∇ log q twice.) Small steps along it, with noise in each, are Langevin dynamics, which
+# Algorithm 2 resembles.
 
 
 # ==== 7. Where the loss comes from: the variational bound =========================================
@@ -436,8 +434,7 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 #
 #     q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0)         for t > 1
 #
-# In the product over t the fractions cancel but for q(x_T | x_0) / q(x_1 | x_0), whose denominator is
-# the factor of t = 1. So
+# In the product over t the fractions leave q(x_T | x_0) / q(x_1 | x_0), and q(x_1 | x_0) cancels, too:
 #
 #     q(x_1, ..., x_T | x_0) = q(x_T | x_0) Π_{t>1} q(x_{t-1} | x_t, x_0)
 #     L = E_q[ KL(q(x_T | x_0) ‖ p(x_T))                                        L_T
@@ -457,21 +454,20 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 #
 # With pixels of ±1 the two other terms are almost 0, and bound leaves them out: L_T has no θ, and in
 # L_0 only the sign counts (Eq. 13, with σ_1² = β_1, as β̃_1 = 0 would give no density). In bits, L is
-# the mean length of an ideal code for x_0: for one pixel, hardly more than the bit of a coin.
+# the length of an ideal code for x_0: for one pixel at best that of a coin, 1 bit, and hardly more.
 @torch.no_grad()
 def bound(model, schedule, x_0, generator=None):
     """L_{t-1} (Eq. 8) at index t > 1, in bits a picture: float32 (T + 1,). x_0: (n, C, H, W); n: a
     multiple of T - 1, for equally many of each t, or else ValueError. The rest: see algorithm_1."""
-    T = schedule.T
-    if len(x_0) == 0 or len(x_0) % (T - 1):
-        raise ValueError(f"the bound needs a multiple of {T - 1} pictures, not {len(x_0)}")
-    t = 2 + torch.arange(len(x_0), device=x_0.device) % (T - 1)  # (n,): 2, ..., T, 2, ...
+    terms = schedule.T - 1
+    if len(x_0) == 0 or len(x_0) % terms:
+        raise ValueError(f"the bound needs a multiple of {terms} pictures, not {len(x_0)}")
+    t = 2 + torch.arange(len(x_0), device=x_0.device) % terms  # (n,): 2, ..., T, 2, ...
     x_t = q_sample(schedule, x_0, t, torch.randn(x_0.shape, generator=generator).to(x_0.device))
     x_0_hat = predict_x_0(schedule, x_t, t, model(x_t, t))
     snr = schedule.alpha_bar / schedule.one_minus_alpha_bar  # (T + 1,), infinite at 0
     nats = (snr[t - 1] - snr[t]) / 2 * (x_0 - x_0_hat).square().sum((1, 2, 3))  # (n,)
-    bits = nats.view(-1, T - 1).mean(0) / log(2)  # (T - 1,), for t = 2, ..., T
-    return F.pad(bits, (2, 0))  # (T + 1,)
+    return F.pad(nats.view(-1, terms).mean(0) / log(2), (2, 0))  # (T + 1,)
 
 
 # ==== Look at it: python ddpm.py ==================================================================
@@ -498,15 +494,13 @@ if __name__ == "__main__":
 
     figure = Figure(figsize=(12, 3), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    T, t = schedule.T, torch.arange(1, schedule.T + 1).repeat(1000)  # t: (1000 T,)
-    x_0 = pixel.repeat(500, 1, 1, 1).repeat_interleave(T, dim=0)  # (1000 T, 1, 1, 1)
-    eps = 2**0.5 * torch.linspace(-0.999, 0.999, 1000).erfinv()  # (1000,), a smooth N(0, 1)
-    eps = eps.view(-1, 1, 1, 1).repeat_interleave(T, dim=0)  # (1000 T, 1, 1, 1)
+    T, x_0 = schedule.T, pixel.repeat(500, 1, 1, 1)  # x_0: (1000, 1, 1, 1)
+    eps = 2**0.5 * torch.linspace(-0.999, 0.999, 1000).erfinv().view(x_0.shape)  # spread as N(0, 1)
+    times = [torch.full((1000,), t) for t in range(1, T + 1)]
     for name, model in (("tiny", tiny), ("perfect", perfect_model(schedule, pixel))):
-        error = model(q_sample(schedule, x_0, t, eps), t) - eps  # (1000 T, 1, 1, 1)
-        loss = error.detach().square().view(1000, T).mean(0)  # (T,)
+        loss = [F.mse_loss(model(q_sample(schedule, x_0, t, eps), t), eps).item() for t in times]
         left.plot(range(1, T + 1), loss, label=f"{name} network")
-        print(f"one pixel: the loss of the {name} network is {loss.mean():.3f}, as a mean over t")
+        print(f"one pixel: the loss of the {name} network is {sum(loss) / T:.3f}, as a mean over t")
     left.set(xlabel="t", ylabel="loss")
     left.legend()
     x_T = torch.randn(40, 1, 1, 1)

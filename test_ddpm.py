@@ -296,7 +296,7 @@ def test_data_and_score():
     for (i, j), want in (((0, 0), 1), ((12, 0), 1), ((0, 12), 1), ((12, 12), 0)):
         x[..., i : i + 8, j : j + 8] = 1  # the fourth square is too many
         assert right(x) == want
-    x[..., 12:20, :8], x[..., :8, 12:20], x[..., 8:16, 8:16] = -1, -1, 1  # touch at a corner
+    x[..., 8:, :], x[..., 8:], x[..., 8:16, 8:16] = -1, -1, 1  # two touch at a corner
     assert right(x) == 0
 
 
@@ -499,7 +499,8 @@ def test_modal_trains_and_goes_on_after_a_restart(tmp_path):
 def test_scripts_and_imports_in_a_process_of_their_own(tmp_path):
     """Catches: a traceback, also where a notebook has set MPLBACKEND; an import that takes its
     plots away; torch needed by who only sends a run to the cloud."""
-    env = {**os.environ, "PYTHONPATH": str(HERE), "MPLBACKEND": "module://matplotlib_inline.x"}
+    backend = "module://matplotlib_inline.backend_inline"  # matplotlib does not look up others
+    env = {**os.environ, "PYTHONPATH": str(HERE), "MPLBACKEND": backend}
     check = "assert old == dict(os.environ) and 'matplotlib' not in sys.modules"
     for words in (
         ["-c", f"import os, sys; old = dict(os.environ); import shapes; {check}"],

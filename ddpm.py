@@ -1,9 +1,9 @@
 """Denoising diffusion, from the idea to the code. Read it from top to bottom.
 
-THE IDEA. Take a picture and add a little Gaussian noise, a thousand times, until nothing of the
-picture is left. That direction is easy. For the way back, train a network: it sees a noisy picture
-and how many times noise was added, and guesses the noise. To draw a new picture, start from pure
-noise, take away a little of the guessed noise, add some fresh noise, and guess again.
+THE IDEA. Take a picture and add a little Gaussian noise, a thousand times, until almost nothing of
+it is left. That direction is easy. For the way back, train a network: it sees a noisy picture and
+the number of steps, and guesses all the noise in it. To draw a new picture, start from pure noise,
+take away a little of the guessed noise, add some fresh noise, and guess again.
 
     x_0  ->  x_1  ->  x_2  ->  ...  ->  x_T      forward process q: fixed, adds noise
     x_0  <-  x_1  <-  x_2  <-  ...  <-  x_T      reverse process p: learned, removes noise
@@ -29,8 +29,8 @@ That is two algorithms, printed here as in the paper:
     letter   in code              meaning
     x_0      x_0                  a picture, drawn (~) from the distribution of the data, q(x_0)
     x_t      x_t                  the picture after t of T = 1000 noising steps
-    ε        eps                  the noise in x_t, not yet scaled: from N(0, I), so each number in
-                                  it is a Gaussian of its own, with mean 0 and variance 1
+    ε        eps                  the noise in x_t before scaling: independent Gaussian numbers with
+                                  mean 0 and variance 1, from N(0, I)
     ε_θ      eps_theta            the noise that the network guesses, with its weights θ
     x̂_0      x_0_hat              the picture that this guess amounts to
     β_t      beta                 the variance of the noise that step t adds
@@ -61,7 +61,7 @@ from torch import nn
 #     q(x_t | x_{t-1}) = N(x_t; √(1 - β_t) x_{t-1}, β_t I)                                   (Eq. 2)
 #
 # where N(x; mean, variance) is the density of a Gaussian at x. Why shrink? So that x_0 fades and
-# nothing grows: the mean square of our pixels, -1 or +1, is 1 and remains (1 - β_t) + β_t = 1.
+# nothing grows: our pixels are -1 or +1, with mean square 1, which stays (1 - β_t) + β_t = 1.
 #
 # To reach x_t we need not walk. A sum of independent Gaussians is a Gaussian, and their variances
 # add up. So, with α_t = 1 - β_t, two steps are one:
@@ -74,8 +74,9 @@ from torch import nn
 #
 #     x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε                                                          (Eq. 4)
 #
-# At t = T less than a hundredth of x_0 is left, so sampling can start from pure noise; at t = 500
-# it could not. The β_t are chosen by hand: small at first, when a little noise hides a detail.
+# Here ε mixes ε_1, ..., ε_t. At t = T less than a hundredth of x_0 is left, so sampling can start from
+# pure noise (forward.png, upper row); at t = 500 it could not. The β_t are chosen by hand: small at
+# first, when a little noise already hides a detail.
 BETA = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # β_1, ..., β_T of the paper: (T,)
 
 
@@ -83,7 +84,7 @@ class Schedule:
     """Holds T and the tables beta, alpha, alpha_bar, one_minus_alpha_bar: float32 (T + 1,).
 
     beta: β_1, ..., β_T, float (T,), between 0 and 1. The tables are indexed by the paper's t;
-    alpha_bar[0] = 1. Computed in float64, as in float32 a 1 - alpha_bar near 0 loses its digits.
+    alpha_bar[0] = 1. Computed in float64, as in float32 a 1 - alpha_bar near 0 loses digits.
     """
 
     def __init__(self, beta=BETA, device="cpu"):
@@ -102,7 +103,7 @@ class Schedule:
 
 
 def q_sample(schedule, x_0, t, eps):
-    """x_t by Eq. 4, float32 (B, C, H, W), as x_0 and eps are. t: int64 (B,), each from 0 to T."""
+    """x_t by Eq. 4. x_0, eps, x_t: float32 (B, C, H, W). t: int64 (B,), each from 0 to T."""
     signal, noise = schedule.signal_and_noise(t)
     return signal * x_0 + noise * eps
 
@@ -111,16 +112,16 @@ def q_sample(schedule, x_0, t, eps):
 # The network sees x_t and t, and guesses ε (noise prediction). Its loss is the squared error of the
 # guess (Eq. 14). Our U-Net at first guesses 0, so the loss begins at 1, the variance of ε.
 #
-# Many pictures could be behind the same x_t, and the network cannot know which one it was. It
-# learns the guess with the least squared error, and that is an average: the mean of ε over all of
-# these pictures, each counted by its probability. (Section 5 proves it.)
+# Many pictures could be behind the same x_t, and the network cannot know which one it was. The guess
+# with the least squared error, which it approaches, is an average: the mean of ε over all of these
+# pictures, each counted by its probability. (Section 5 proves it.)
 #
 # The loss is a mean over all t. One t for each picture, drawn at random, gives the same gradient on
 # average, and time for many more pictures.
 #
-# BEYOND THE PAPER. In the paper all t are equally likely: draw_t would `return a`. Here the middle t
-# are more likely, because there it is decided what a picture shows: at small t one can see it in
-# x_t, at large t nobody could know. This is our one change to the algorithms.
+# BEYOND THE PAPER, our one change to the algorithms: in the paper all t are equally likely, and
+# draw_t would `return a`. Here the middle t weigh more, for they decide what our pictures show. At
+# small t one can see it in x_t, at large t nobody could know. The best guess remains the same.
 def draw_t(n, T, generator=None):
     """Line 3 of Algorithm 1: int64 (n,), each from 1 to T. generator: on the CPU."""
     a, b = torch.randint(1, T + 1, (2, n), generator=generator)  # (n,) each
@@ -130,11 +131,11 @@ def draw_t(n, T, generator=None):
 
 
 def algorithm_1(model, schedule, optimizer, x_0, generator=None):
-    """One round of Algorithm 1, with x_0 of line 2: changes the weights, returns the loss, 0-d.
+    """Lines 3 to 5 for a batch x_0: changes the weights, returns the loss, 0-d.
 
-    model: called as model(x_t, t), with t int64 (B,), it guesses eps, in the shape of x_t.
-    optimizer: of its weights. x_0: float32 (B, C, H, W) in [-1, 1]. generator: on the CPU, where
-    all noise is drawn, so that a seed means the same on every device.
+    model: model(x_t, t), with t int64 (B,), guesses eps, in the shape of x_t. optimizer: for its
+    weights. x_0: float32 (B, C, H, W) in [-1, 1]. generator: on the CPU, where all noise is drawn,
+    so that a seed means the same on every device.
     """
     t = draw_t(len(x_0), schedule.T, generator).to(x_0.device)  # line 3, one for each picture: (B,)
     eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)  # line 4: (B, C, H, W)
@@ -155,7 +156,7 @@ def algorithm_1(model, schedule, optimizer, x_0, generator=None):
 #
 #     factor, for t > 1    its centre, as a function of x_{t-1}   its variance
 #     q(x_{t-1} | x_0)     √ᾱ_{t-1} x_0                           1 - ᾱ_{t-1}
-#     q(x_t | x_{t-1})     x_t / √α_t                             β_t / α_t
+#     q(x_t | x_{t-1})     x_t / √α_t                             β_t / α_t   (√α_t taken out)
 #
 # A product of two Gaussians is a Gaussian. Its 1/variance is the sum of theirs, and its centre is
 # the average of theirs, weighted by 1/variance. With β_t + α_t (1 - ᾱ_{t-1}) = 1 - ᾱ_t this gives
@@ -164,7 +165,7 @@ def algorithm_1(model, schedule, optimizer, x_0, generator=None):
 #     μ̃_t(x_t, x_0) = √ᾱ_{t-1} β_t/(1 - ᾱ_t) x_0 + √α_t (1 - ᾱ_{t-1})/(1 - ᾱ_t) x_t          (Eq. 7)
 #     β̃_t = (1 - ᾱ_{t-1})/(1 - ᾱ_t) β_t
 #
-# or x_0 and 0 at t = 1. But x_0 is not known. The guess of the network takes its place, by Eq. 4:
+# At t = 1 they are x_0 and 0. But x_0 is not known. The network's guess takes its place, by Eq. 4:
 def predict_x_0(schedule, x_t, t, eps_theta):
     """x_0_hat = (x_t - √(1 - ᾱ_t) ε_θ)/√ᾱ_t, (B, C, H, W), as x_t and eps_theta. t: int64 (B,)."""
     signal, noise = schedule.signal_and_noise(t)
@@ -172,18 +173,18 @@ def predict_x_0(schedule, x_t, t, eps_theta):
 
 
 # Such a guess is a mean of many pictures, and may look like none of them. But μ̃_t is linear in x_0:
-# from the mean of x_0 it makes the mean of x_{t-1}. Written with ε_θ, it has the factors
+# it takes the mean of x_0 to the mean of x_{t-1}. In terms of ε_θ its factors are
 #
 #     of ε_θ:  - √ᾱ_{t-1} β_t/(1 - ᾱ_t) √(1 - ᾱ_t)/√ᾱ_t  =  - β_t/√(1 - ᾱ_t) / √α_t
 #     of x_t:  (β_t/√α_t + √α_t (1 - ᾱ_{t-1})) / (1 - ᾱ_t)  =  1/√α_t
 #
 #     μ_θ(x_t, t) = 1/√α_t (x_t - β_t/√(1 - ᾱ_t) ε_θ(x_t, t))                               (Eq. 11)
 #
-# A step back draws from a Gaussian around this mean; without its noise, x_{t-1} would be too smooth.
-# That is exact if x_0 is known, and nearly so in short steps: so T is large.
+# A step back draws from a Gaussian around this mean. Without its noise, x_{t-1} would lack the spread
+# that q gives it. A Gaussian is exact if x_0 is known, and nearly so for short steps: so T is large.
 #
 # How wide is it? σ_t² = β̃_t is right if there is only one picture, σ_t² = β_t if the data is N(0, I).
-# They differ at the smallest t, and both worked alike in the paper (Section 3.2). We take β̃_t.
+# They differ mainly at the smallest t, and both worked alike in the paper (Section 3.2). We take β̃_t.
 @torch.no_grad()
 def algorithm_2(model, schedule, x_T, generator=None):
     """Algorithm 2. Yields (t, x_t) for t = T, ..., 0: first x_T as given, last the samples x_0.
@@ -204,10 +205,10 @@ def algorithm_2(model, schedule, x_T, generator=None):
 
 
 # ==== 4. The network ==============================================================================
-# TIME. Any network will do that takes x_t and t and returns a tensor as large as x_t. It must know
-# t: a bright speck is noise at t = 900 and part of the picture at t = 5. Sines and cosines of t tell
-# it like the hands of a clock: fast ones tell t from t + 1, slow ones early from late. (Vaswani et
-# al. 2017, arXiv 1706.03762, Section 3.5)
+# TIME. Any network will do that takes x_t and t and returns a tensor of x_t's shape. It must know t:
+# a bright speck is noise at t = 900 and part of the picture at t = 5. Sines and cosines of t are like
+# the hands of a clock: fast ones tell t from t + 1, slow ones early from late. (Vaswani et al. 2017,
+# arXiv 1706.03762, Section 3.5)
 def time_embedding(t, dim):
     """Sines and cosines of t, float32 (B, dim) in [-1, 1]. t: int64 (B,); dim: even."""
     share = torch.arange(dim // 2, device=t.device) / (dim // 2)  # (dim / 2,), from 0 to almost 1
@@ -238,15 +239,15 @@ class ResBlock(nn.Module):
 
     def forward(self, x, time):
         h = self.conv1(F.silu(self.norm1(x)))  # (B, c_mid, H, W)
-        h = h + self.time(time)[:, :, None, None]  # the same for all pixels: (B, c_mid, 1, 1)
+        h = h + self.time(time)[:, :, None, None]  # (B, c_mid, H, W), the same for all pixels
         return self.skip(x) + self.conv2(F.silu(self.norm2(h)))  # (B, c_out, H, W)
 
 
-# ATTENTION lets distant places talk; a convolution sees only neighbours. Every place has a query, a
+# ATTENTION lets distant places talk, where a convolution sees neighbours. Every place has a query, a
 # key and a value, vectors of d numbers, and receives a mean of all values, weighted by how well its
 # query matches their keys: softmax(q k^T / √d) v. Without √d the sums of d products would be so large
-# that each place sees one other only. The work grows as places squared, so larger pictures are
-# averaged to 8x8 places first.
+# that a place sees almost only one. The cost grows as the square of the number of places, so larger
+# pictures are averaged to 8x8 first. (In the code, places are columns of q, k and v, not rows.)
 class Attention(nn.Module):
     """Self-attention with one head, added to its input: (B, C, H, W) -> (B, C, H, W)."""
 
@@ -265,13 +266,13 @@ class Attention(nn.Module):
         return x + F.interpolate(self.out(y), x.shape[2:])  # (B, C, H, W)
 
 
-# THE U-NET, smaller and simpler than the paper's, goes down to an eighth of the size, to see the
-# whole picture at once, and up again. Each level up also receives what it had on the way down, by a
-# skip connection: the bottom tells what is in the picture, the skips exactly where.
+# THE U-NET, smaller and simpler than the paper's, goes down to an eighth of the size, where it sees
+# the whole picture, and up again. A skip connection hands each level up what it had on the way down:
+# the bottom tells what is in the picture, the skips exactly where.
 #
 #     32x32  stem -- down ------------------------------- up -- out
 #     16x16            down ----------------------- up
-#      8x8               down --------------- up        three blocks: our shapes lie on this grid
+#      8x8               down --------------- up        three blocks: shapes lie on this grid
 #      4x4                  middle (512 channels)
 class Up(nn.Module):
     """One level on the way up: (B, c_below, h, w) and a skip (B, c, 2h, 2w) -> (B, c, 2h, 2w)."""
@@ -291,9 +292,9 @@ class Up(nn.Module):
 
 
 class UNet(nn.Module):
-    """The network: x_t, (B, channels, H, W), and t, int64 (B,) -> eps_theta, as x_t. Multiples of 8
-    are H, W and all numbers of channels inside: widths at full, half and quarter size, bottleneck
-    at an eighth, narrow in the blocks there."""
+    """The network: x_t, (B, channels, H, W), and t, int64 (B,) -> eps_theta, as x_t. H, W and all
+    inner channels are multiples of 8: widths at full, half and quarter size, bottleneck at an
+    eighth, narrow in the blocks there."""
 
     def __init__(self, channels=1, widths=(16, 32, 128), bottleneck=512, narrow=64, time_dim=128):
         super().__init__()
@@ -350,7 +351,7 @@ class UNet(nn.Module):
 #     w_i  ∝  q(x_t | picture_i)  ∝  exp(-‖x_t - √ᾱ_t picture_i‖² / (2 (1 - ᾱ_t)))
 #     m = Σ_i w_i picture_i                                   with Σ_i w_i = 1: that is the softmax
 def perfect_model(schedule, pictures):
-    """The model(x_t, t) with the least possible loss on pictures, float32 (N, C, H, W)."""
+    """The model(x_t, t), for t > 0, with the least loss on pictures, float32 (N, C, H, W)."""
     rows = pictures.flatten(1)  # (N, D), with D = C H W
 
     def model(x_t, t):
@@ -367,12 +368,13 @@ def perfect_model(schedule, pictures):
 # comes near that of the perfect network (pixel.png, left), but for the smallest t, where ε is hard to
 # see in x_t. Both have a hump: at small t the pixel is clear, at large t ε is, in between neither.
 #
-# Algorithm 2 leads its walks to -1 or +1, and chance decides to which: at first the guess of x_0 is
-# near 0, then z pushes x_t to one side, and the guess follows. (pixel.png, middle)
+# Algorithm 2 leads its walks to -1 or +1, and chance decides to which: at first x̂_0 is near 0, then z
+# pushes x_t to one side, and x̂_0 follows. (pixel.png, middle)
 #
-# MANY PIXELS. If the data is the list of training pictures, the perfect network only draws these. So
-# the least training loss is memory, and what is new in the samples of a trained network comes from
-# what it could not learn by heart.
+# MANY PIXELS. The pixels of a shape agree, so it can be seen through more noise, and is decided at
+# larger t (forward.png). If the data is the list of training pictures, the perfect network only draws
+# these. So the least training loss means memorising, and what is new in a trained network's samples
+# comes from what it could not learn by heart.
 
 
 # ==== 6. Fewer steps, and the score ===============================================================
@@ -385,8 +387,8 @@ def perfect_model(schedule, pictures):
 #     σ²  = η² (1 - ᾱ_s)/(1 - ᾱ_t) (1 - ᾱ_t/ᾱ_s)
 #
 # The variances of the two noises add up to 1 - ᾱ_s, as in Eq. 4. With η = 1 and s = t - 1, σ² is β̃_t
-# and this is Algorithm 2, but for a clip: at t = T an error of ε_θ is 157 times as large in x̂_0, on
-# which a long step relies. So x̂_0 is kept in [-1, 1], as in Ho's program.
+# and this is Algorithm 2. Only the clip is new: at t = T an error of ε_θ is 157 times as large in x̂_0,
+# on which a long step relies. So x̂_0 is kept in [-1, 1], as in Ho's program.
 #
 # With η = 0 nothing is random but x_T, and with many steps a walk comes near the solution of an
 # ordinary differential equation (ODE). Mostly it ends on the side where it began. (pixel.png, right)
@@ -413,8 +415,8 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 #
 #     ∇ log q(x_t) = E[∇ log q(x_t | x_0)] = -E[ε] / √(1 - ᾱ_t)            with the E of section 5
 #
-# (Use ∇q = q ∇ log q twice.) Small steps along it, with noise in each, are Langevin dynamics, which
-# Algorithm 2 resembles.
+# (In q(x_t) = ∫ q(x_t | x_0) q(x_0), write ∇q as q ∇ log q.) Small steps along it, with noise in each,
+# are Langevin dynamics, which Algorithm 2 resembles.
 
 
 # ==== 7. Where the loss comes from: the variational bound =========================================
@@ -434,7 +436,8 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 #
 #     q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0)         for t > 1
 #
-# In the product over t the fractions leave q(x_T | x_0) / q(x_1 | x_0), and q(x_1 | x_0) cancels, too:
+# In the product over t the fractions leave q(x_T | x_0) / q(x_1 | x_0), and the factor of t = 1 cancels
+# the denominator:
 #
 #     q(x_1, ..., x_T | x_0) = q(x_T | x_0) Π_{t>1} q(x_{t-1} | x_t, x_0)
 #     L = E_q[ KL(q(x_T | x_0) ‖ p(x_T))                                        L_T
@@ -448,13 +451,13 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 #             = E_q[ ᾱ_{t-1} β_t / (2 (1 - ᾱ_{t-1}) (1 - ᾱ_t)) ‖x_0 - x̂_0‖² ]          by Eq. 7
 #             = E_q[ (SNR(t-1) - SNR(t))/2 ‖x_0 - x̂_0‖² ]     as ᾱ_{t-1} β_t = ᾱ_{t-1} - ᾱ_t
 #
-# So by section 5 each term is the loss of section 2, times a weight. Algorithm 1 replaces the weights,
-# which are largest at small t. The best guess remains the same, but the effort goes to where
-# pictures take shape. The bound gets worse and the samples better (Ho, Table 1).
+# So by section 5 each term is the loss of section 2, times a weight, which is largest at small t.
+# Algorithm 1 drops it. The best guess remains the same, but the effort goes to where pictures take
+# shape. The bound gets worse and the samples better (Ho, Table 1).
 #
 # With pixels of ±1 the two other terms are almost 0, and bound leaves them out: L_T has no θ, and in
 # L_0 only the sign counts (Eq. 13, with σ_1² = β_1, as β̃_1 = 0 would give no density). In bits, L is
-# the length of an ideal code for x_0: for one pixel at best that of a coin, 1 bit, and hardly more.
+# the length of an ideal code for x_0: for one pixel at least a coin's, 1 bit, and hardly above it.
 @torch.no_grad()
 def bound(model, schedule, x_0, generator=None):
     """L_{t-1} (Eq. 8) at index t > 1, in bits a picture: float32 (T + 1,). x_0: (n, C, H, W); n: a

@@ -74,9 +74,9 @@ from torch import nn
 #
 #     x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε                                                          (Eq. 4)
 #
-# Here ε mixes ε_1, ..., ε_t. At t = T less than a hundredth of x_0 is left, so sampling can start from
-# pure noise (forward.png, upper row); at t = 500 it could not. The β_t are chosen by hand: small at
-# first, when a little noise already hides a detail.
+# where ε mixes ε_1, ..., ε_t. At t = T less than a hundredth of x_0 is left, so sampling can start
+# from pure noise; at t = 500 it could not (forward.png, upper row). The β_t are chosen by hand:
+# small at first, when a little noise already hides a detail.
 BETA = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # β_1, ..., β_T of the paper: (T,)
 
 
@@ -116,12 +116,11 @@ def q_sample(schedule, x_0, t, eps):
 # with the least squared error, which it approaches, is an average: the mean of ε over all of these
 # pictures, each counted by its probability. (Section 5 proves it.)
 #
-# The loss is a mean over all t. One t for each picture, drawn at random, gives the same gradient on
-# average, and time for many more pictures.
+# The loss is a mean over all t. One t for each picture, drawn at random, is enough on average.
 #
 # BEYOND THE PAPER, our one change to the algorithms: in the paper all t are equally likely, and
-# draw_t would `return a`. Here the middle t weigh more, for they decide what our pictures show. At
-# small t one can see it in x_t, at large t nobody could know. The best guess remains the same.
+# draw_t would `return a`. Here the middle t come more often, for they decide what our pictures show:
+# at small t one can see it in x_t, at large t nobody could know. The best guess remains the same.
 def draw_t(n, T, generator=None):
     """Line 3 of Algorithm 1: int64 (n,), each from 1 to T. generator: on the CPU."""
     a, b = torch.randint(1, T + 1, (2, n), generator=generator)  # (n,) each
@@ -207,8 +206,7 @@ def algorithm_2(model, schedule, x_T, generator=None):
 # ==== 4. The network ==============================================================================
 # TIME. Any network will do that takes x_t and t and returns a tensor of x_t's shape. It must know t:
 # a bright speck is noise at t = 900 and part of the picture at t = 5. Sines and cosines of t are like
-# the hands of a clock: fast ones tell t from t + 1, slow ones early from late. (Vaswani et al. 2017,
-# arXiv 1706.03762, Section 3.5)
+# the hands of a clock: fast ones tell t from t + 1, slow ones early from late. (arXiv 1706.03762)
 def time_embedding(t, dim):
     """Sines and cosines of t, float32 (B, dim) in [-1, 1]. t: int64 (B,); dim: even."""
     share = torch.arange(dim // 2, device=t.device) / (dim // 2)  # (dim / 2,), from 0 to almost 1
@@ -246,8 +244,8 @@ class ResBlock(nn.Module):
 # ATTENTION lets distant places talk, where a convolution sees neighbours. Every place has a query, a
 # key and a value, vectors of d numbers, and receives a mean of all values, weighted by how well its
 # query matches their keys: softmax(q k^T / √d) v. Without √d the sums of d products would be so large
-# that a place sees almost only one. The cost grows as the square of the number of places, so larger
-# pictures are averaged to 8x8 first. (In the code, places are columns of q, k and v, not rows.)
+# that a place sees almost only one. (In the code, places are columns of q, k and v, not rows.) The
+# cost grows as the square of the number of places, so larger pictures are averaged to 8x8 first.
 class Attention(nn.Module):
     """Self-attention with one head, added to its input: (B, C, H, W) -> (B, C, H, W)."""
 
@@ -415,8 +413,8 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 #
 #     ∇ log q(x_t) = E[∇ log q(x_t | x_0)] = -E[ε] / √(1 - ᾱ_t)            with the E of section 5
 #
-# (In q(x_t) = ∫ q(x_t | x_0) q(x_0), write ∇q as q ∇ log q.) Small steps along it, with noise in each,
-# are Langevin dynamics, which Algorithm 2 resembles.
+# (In q(x_t) = ∫ q(x_t | x_0) q(x_0), write ∇q as q ∇ log q.) To follow it in small steps, with noise,
+# is Langevin dynamics, which Algorithm 2 resembles.
 
 
 # ==== 7. Where the loss comes from: the variational bound =========================================
@@ -457,7 +455,7 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 #
 # With pixels of ±1 the two other terms are almost 0, and bound leaves them out: L_T has no θ, and in
 # L_0 only the sign counts (Eq. 13, with σ_1² = β_1, as β̃_1 = 0 would give no density). In bits, L is
-# the length of an ideal code for x_0: for one pixel at least a coin's, 1 bit, and hardly above it.
+# the length of an ideal code for x_0, for one pixel at least a coin's, 1 bit.
 @torch.no_grad()
 def bound(model, schedule, x_0, generator=None):
     """L_{t-1} (Eq. 8) at index t > 1, in bits a picture: float32 (T + 1,). x_0: (n, C, H, W); n: a

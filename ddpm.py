@@ -507,8 +507,10 @@ if __name__ == "__main__":
     x_T = torch.randn(40, 1, 1, 1)
     walks = algorithm_2(tiny, schedule, x_T), ddim(tiny, schedule, x_T, T, eta=0)
     for axes, title, walk in zip((middle, right), ("Algorithm 2", "η = 0"), walks):
-        x = torch.stack([x_t for _, x_t in walk]).flatten(1)  # (T + 1, 40)
-        axes.plot(range(T, -1, -1), x, linewidth=0.6)
+        t, x = zip(*walk)
+        axes.plot(
+            t, torch.stack(x).flatten(1), linewidth=0.6
+        )  # (T + 1, 40), a column for each walk
         axes.set(xlabel="t", ylabel="$x_t$", title=title, xlim=(T, -15), yticks=[-1, 1])
     figure.savefig("pixel.png", dpi=100)
 

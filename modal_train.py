@@ -8,7 +8,6 @@ from pathlib import Path
 
 import modal
 
-FOLDER = "/root/checkpoints"  # where the volume appears: beside train.py
 app = modal.App("toy-diffusion")
 volume = modal.Volume.from_name("diffusion-checkpoints", create_if_missing=True)
 packages = ("torch", "numpy", "matplotlib", "pillow", "tensorboard", "tqdm")
@@ -16,20 +15,20 @@ image = modal.Image.debian_slim(python_version="3.12").uv_pip_install(*packages)
 image = image.add_local_python_source("ddpm", "shapes", "sample", "train")
 
 
-@app.function(image=image, gpu="A100", volumes={FOLDER: volume}, timeout=24 * 3600, retries=3)
-def train(flags, run, folder=FOLDER, script="/root/train.py"):
+@app.function(image=image, gpu="A100", volumes={"/volume": volume}, timeout=24 * 3600, retries=3)
+def train(flags, run, folder="/volume", script="/root/train.py"):
     """Runs train.py with these flags, a list of words. run: names the call. Returns the status."""
     from train import set_aside
 
-    call = Path(folder, "run.txt")
-    if call.exists() and call.read_text() == run:  # Modal calls again after an interruption
-        flags = flags + ["--resume"] * Path(folder, "latest.pt").exists()
-    else:
+    folder, call = Path(folder), Path(folder, "run.txt")
+    if not call.exists() or call.read_text() != run:  # or else Modal repeats an interrupted call
         if "--resume" not in flags:
-            set_aside(Path(folder))
+            set_aside(folder)
         call.write_text(run)
-    places = ["--checkpoints", folder, "--logs", f"{folder}/logs"]
-    return subprocess.run([sys.executable, script, *flags, *places], check=False).returncode
+    if (folder / "latest.pt").exists():
+        flags = [*flags, "--resume"]
+    words = [sys.executable, script, *flags, "--checkpoints", "."]
+    return subprocess.run(words, cwd=folder, check=False).returncode
 
 
 @app.local_entrypoint()

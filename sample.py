@@ -18,12 +18,12 @@ from tqdm import tqdm
 import ddpm
 import shapes
 
+DEVICE = str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
 TRAINED = Path("checkpoints/best.pt")  # where train.py leaves its weights
 PRETRAINED = Path(__file__).parent / "assets/pretrained.pt"  # until there are some
 
 
 def parse(argv):
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     p = argparse.ArgumentParser(description="Draw pictures with a trained diffusion model.")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--process", "--show-process", action="store_true", help="draw the walk")
@@ -35,16 +35,15 @@ def parse(argv):
     p.add_argument("--seed", type=int, default=0, help="of the noise, for the same --n (0)")
     p.add_argument("--checkpoint", help=f"of train.py ({TRAINED}, else the supplied weights)")
     p.add_argument("--output", type=Path, help="a .png (samples.png, process.png, explained.png)")
-    p.add_argument("--device", choices=sorted({"cpu", str(best)}), default=str(best))
+    p.add_argument("--device", choices={"cpu", DEVICE}, default=DEVICE)
     args = p.parse_args(argv)
     kind = "process" if args.process else "explained" if args.explain else "samples"
     args.output = args.output or Path(f"{kind}.png")
     if args.n is None:
         args.n = 4 if args.process else 500 if args.score else 16
-    if not 1 <= args.n <= (8 if args.process else 10_000) or not 0 <= args.eta <= 1:
-        p.error("--n must be from 1 to 10000 (--process: 8), --eta from 0 to 1")
-    if args.output.suffix.lower() != ".png" or not args.output.parent.is_dir():
-        p.error("--output must end in .png, and its folder must be there")
+    folder = args.output.parent
+    if args.n < 1 or not 0 <= args.eta <= 1 or args.output.suffix != ".png" or not folder.is_dir():
+        p.error("want --n > 0, 0 <= --eta <= 1, and for --output a .png in a folder that is there")
     return args
 
 
@@ -97,9 +96,7 @@ def main(argv, network=ddpm.UNet):
     model.to(args.device)
     print(f"{path}, epoch {epoch}, on {args.device}")
     if flags["data"] and (args.explain or args.score):
-        sys.exit(
-            f"error: {path} was trained on {flags['data']}; --explain and --score are for shapes"
-        )
+        sys.exit(f"error: {path} learned from {flags['data']}; --explain, --score are for shapes")
     if args.steps is None:
         args.steps = 50 if args.score else schedule.T
     if not 1 <= args.steps <= schedule.T:

@@ -74,20 +74,20 @@ for kind, mask in made:
 
 
 def draw_picture(kinds, rng):
-    """A picture with a shape of each of these kinds: bool (32, 32), or None if they do not fit."""
+    """A picture with a shape of each of these kinds: bool (32, 32)."""
     picture = np.zeros((SIZE, SIZE), dtype=bool)
     taken = np.zeros((SIZE, SIZE), dtype=bool)  # the boxes around the shapes
     for kind in kinds:
         mask = CATALOGUE[kind][rng.integers(len(CATALOGUE[kind]))]
         h, w = mask.shape
-        for _ in range(30):  # tries, before the picture begins again
+        for _ in range(30):  # tries, before the picture begins anew with other masks
             y = GRID * rng.integers((SIZE - h) // GRID + 1)
             x = GRID * rng.integers((SIZE - w) // GRID + 1)
             # The boxes must not even touch, so the slice is one pixel larger on each side.
             if not taken[max(0, y - 1) : y + h + 1, max(0, x - 1) : x + w + 1].any():
                 break
         else:
-            return None
+            return draw_picture(kinds, rng)
         picture[y : y + h, x : x + w] = mask
         taken[y : y + h, x : x + w] = True
     return picture
@@ -104,9 +104,7 @@ def make_dataset(n, seed):
     for i in range(n):
         number = 1 + rng.binomial(2, 0.4)
         kinds = [KINDS[k] for k in rng.integers(len(KINDS), size=number)]
-        while (picture := draw_picture(kinds, rng)) is None:
-            pass
-        pictures[i] = picture
+        pictures[i] = draw_picture(kinds, rng)
     return pictures
 
 
@@ -122,10 +120,8 @@ def load_pictures(folder):
     OSError, in one line, if there is none, and for the first that cannot be read, has 16 bits a
     pixel, another size than the one before, or sides that are no multiples of 8.
     """
-    pictures = []
-    for file in sorted(Path(folder).iterdir()):
-        if file.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-            continue
+    pictures, endings = [], (".png", ".jpg", ".jpeg")
+    for file in sorted(f for f in Path(folder).iterdir() if f.suffix.lower() in endings):
         try:
             image = Image.open(file)
             layer = image.convert("RGBA")
@@ -152,8 +148,8 @@ def tile(x, columns=8, titles=()):
     """Pictures x, grey or colour, clipped to [-1, 1] and enlarged, with titles above the columns,
     as one Pillow image."""
     zoom = max(1, 128 // max(x.shape[2:]))
-    x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)  # (n, H, W, C)
-    x = x.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).expand(-1, -1, -1, 3).numpy()
+    x = F.interpolate(x.clamp(-1, 1), scale_factor=zoom).expand(-1, 3, -1, -1)  # (n, 3, h, w)
+    x = ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()  # (n, h, w, 3)
     h, w, top, columns = x.shape[1] + 2, x.shape[2] + 2, 24 * bool(titles), min(columns, len(x))
     sheet = Image.new("RGB", (w * columns, top + h * -(-len(x) // columns)), "gray")
     for i, title in enumerate(titles):
@@ -170,9 +166,9 @@ def explain(picture):
     """Cuts a picture, bool (32, 32), into blobs: the connected sets of shape pixels, also across
     corners. Returns a list of (kind, blob), with None for a blob that is in no catalogue."""
     shape = torch.from_numpy(picture)[None].float()  # (1, 32, 32)
-    label, spread = None, shape * torch.arange(1, shape.numel() + 1).view(shape.shape)
-    while label is None or not label.equal(spread):  # each pixel takes the largest label in reach
-        label, spread = spread, shape * F.max_pool2d(spread, 3, stride=1, padding=1)
+    label = shape * torch.arange(1, shape.numel() + 1).view(shape.shape)
+    while not label.equal(spread := shape * F.max_pool2d(label, 3, stride=1, padding=1)):
+        label = spread  # each pixel takes the largest label of itself and its neighbours
     found = []
     for n in label[label > 0].unique():
         blob = (label[0] == n).numpy()

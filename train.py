@@ -1,8 +1,5 @@
-"""Trains the network on CUDA, MPS or a CPU, whatever is there: python train.py
-
-python train.py --data FOLDER     learns from your pictures, grey or colour, all of one size
-python train.py --resume          goes on after the last epoch that was saved
-"""
+"""Trains the network on CUDA, MPS or a CPU, whatever is there: python train.py. With --data FOLDER
+it learns from your pictures, with --resume it goes on after the last epoch that was saved."""
 
 import argparse
 import copy
@@ -23,7 +20,6 @@ import shapes
 
 
 def parse(argv):
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     p = argparse.ArgumentParser(description="Train the diffusion model.")
     p.add_argument("--data", type=os.path.abspath, help="a folder of pictures (else: shapes)")
     p.add_argument("--epochs", type=int, help="passes over the pictures (100)")
@@ -32,15 +28,13 @@ def parse(argv):
     p.add_argument("--lr", type=float, default=1.6e-3, help="highest learning rate (1.6e-3)")
     p.add_argument("--seed", type=int, default=0, help="of shapes, weights and noise (0)")
     p.add_argument("--resume", action="store_true", help="go on; of the above only --epochs counts")
-    p.add_argument("--device", choices=sorted({"cpu", str(best)}), default=str(best))
+    p.add_argument("--device", choices={"cpu", sample.DEVICE}, default=sample.DEVICE)
     p.add_argument("--checkpoints", type=Path, default="checkpoints", help="(checkpoints)")
     p.add_argument("--logs", type=Path, default="logs", help="for TensorBoard (logs)")
     args = p.parse_args(argv)
     possible = 1 <= args.batch_size <= args.samples and args.lr > 0 and 0 <= args.seed < 2**32
     if not (possible or args.resume) or (args.epochs is not None and args.epochs < 1):
-        p.error(
-            "wanted: --epochs > 0, 0 < --batch-size <= --samples, --lr > 0, --seed in 0..2**32-1"
-        )
+        p.error("want --epochs > 0, 0 < --batch-size <= --samples, --lr > 0, 0 <= --seed < 2**32")
     return args
 
 
@@ -69,12 +63,15 @@ def save(path, state):
     path.with_suffix(".tmp").replace(path)
 
 
-def train_epoch(model, average, optimizer, scheduler, schedule, batches):
-    """One round of Algorithm 1 for each batch x_0 of batches. Returns the mean loss."""
+def train_epoch(model, average, optimizer, scheduler, schedule, data, flags, epoch):
+    """Algorithm 1 on the pictures data, (n, C, H, W), in random order. Returns the mean loss."""
+    torch.manual_seed(1000 * flags["seed"] + epoch)  # of order, noise and, if any, dropout
+    order = torch.randperm(max(flags["samples"], len(data))) % len(data)
+    full = order.unfold(0, flags["batch_size"], flags["batch_size"])  # (batches, batch size)
     losses = []
-    for x_0 in batches:
-        x_0 = x_0.to(schedule.beta.device)
-        losses.append(ddpm.algorithm_1(model, schedule, optimizer, x_0))
+    for chosen in tqdm(full, f"epoch {epoch}", leave=False, disable=None):
+        x_0 = data[chosen] if flags["data"] else shapes.mirror(data[chosen])
+        losses.append(ddpm.algorithm_1(model, schedule, optimizer, x_0.to(schedule.beta.device)))
         scheduler.step()
         # Samples use an average of the weights (Ho, Appendix B). BEYOND THE PAPER: mainly of the
         # last ninth of the steps. Ho's decay of 0.9999 would long remember the random start.
@@ -86,7 +83,7 @@ def train_epoch(model, average, optimizer, scheduler, schedule, batches):
 
 
 def main(argv, network=ddpm.UNet):
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # not above: it looks at MPLBACKEND, see below
 
     args = parse(argv)
     latest, losses = args.checkpoints / "latest.pt", []
@@ -127,12 +124,7 @@ def main(argv, network=ddpm.UNet):
     shapes.tile(data[:64], columns=16).save(args.checkpoints / "data.png")
     print(f"{len(losses)} epochs are done, on {args.device}, {flags}", flush=True)
     for epoch in range(len(losses) + 1, flags["epochs"] + 1):
-        torch.manual_seed(1000 * flags["seed"] + epoch)  # order, noise and, if any, dropout
-        order = torch.randperm(max(flags["samples"], len(data))) % len(data)
-        full = order.split(flags["batch_size"])[: len(order) // flags["batch_size"]]
-        chosen = (data[i] for i in tqdm(full, f"epoch {epoch}", leave=False, disable=None))
-        batches = chosen if flags["data"] else map(shapes.mirror, chosen)
-        losses.append(train_epoch(*parts.values(), schedule, batches))
+        losses.append(train_epoch(*parts.values(), schedule, data, flags, epoch))
         if not math.isfinite(losses[-1]):
             sys.exit(f"error: the loss of epoch {epoch} is not finite; begin anew, with less --lr")
         state = {"flags": flags, "run": run, "losses": losses, "shape": shape}
@@ -145,9 +137,9 @@ def main(argv, network=ddpm.UNet):
         print(f"epoch {epoch}: loss {losses[-1]:.4g}", flush=True)
         writer.add_scalar("loss", losses[-1], epoch)
         if epoch % 5 == 0 or epoch == flags["epochs"]:
-            generator = torch.Generator().manual_seed(0)
-            x_T = torch.randn(64, *shape, generator=generator).to(args.device)
-            *_, (_, x_0) = ddpm.ddim(average, schedule, x_T, 20, 1, generator)
+            torch.manual_seed(0)  # so that the same noise becomes better pictures
+            x_T = torch.randn(64, *shape).to(args.device)
+            *_, (_, x_0) = ddpm.ddim(average, schedule, x_T, steps=20, eta=1)
             sheet = shapes.tile(x_0.cpu(), columns=16)
             sheet.save(args.checkpoints / f"samples_{epoch:04d}.png")
             writer.add_image("samples", np.asarray(sheet), epoch, dataformats="HWC")
@@ -155,11 +147,10 @@ def main(argv, network=ddpm.UNet):
                 right, _ = shapes.score(x_0.cpu(), data)
                 print(f"of 64 samples {right:.0%} are right", flush=True)
         writer.flush()
-        figure = Figure(figsize=(6, 3), layout="constrained")
-        axes = figure.subplots()
+        axes = Figure(figsize=(6, 3), layout="constrained").subplots()
         axes.semilogy(range(1, epoch + 1), losses, ".-")
         axes.set(xlabel="epoch", ylabel="loss")
-        figure.savefig(args.checkpoints / "loss.png", dpi=120)
+        axes.figure.savefig(args.checkpoints / "loss.png", dpi=120)
 
 
 if __name__ == "__main__":

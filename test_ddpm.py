@@ -48,12 +48,7 @@ def awake(model, size=0.05):
     return model
 
 
-def small(channels=1):
-    """A network of the same kind that trains in a moment."""
-    return ddpm.UNet(channels, (8, 8, 8), 16, 8, 16)
-
-
-# ######## THE METHOD: lessons, and exercises to grade ##############################################
+# ######## THE METHOD: lessons, and exercises to grade #############################################
 
 
 @pytest.mark.parametrize("schedule, beta", [(SCHEDULE, BETA), (OTHER, COSINE.double().numpy())])
@@ -127,7 +122,6 @@ def test_algorithm_2_is_bayes_rule(schedule):
     walk = [*ddpm.algorithm_2(model, schedule, x_T, seeded(4))]
     assert [t for t, _ in walk] == [*range(schedule.T, -1, -1)], "t is not T, ..., 0"
     assert walk[0][1].flatten().tolist() == [6, -1], "the first x_t is not x_T as given"
-    assert np.allclose(walk[-1][1], 2, atol=1e-4), "x_0 is off: is there noise in the last step?"
     for (t, x_t), (s, got) in itertools.pairwise(walk[:-1]):
         z = torch.randn(x_T.shape, generator=generator).flatten().numpy()
         if t in (2, 10, schedule.T // 2, schedule.T):
@@ -135,9 +129,11 @@ def test_algorithm_2_is_bayes_rule(schedule):
             log = -((x - 2 * factors(s)[0].item()) ** 2) / (2 * factors(s)[1].item() ** 2)
             log = log - (x_t.view(2).numpy() - x * math.sqrt(1 - beta)) ** 2 / (2 * beta)
             q = np.exp(log - log.max(0)) / np.exp(log - log.max(0)).sum(0)  # (60001, 2)
-            mean = (q * x).sum(0)
+            mean, got = (q * x).sum(0), got.view(2).numpy()
             want = mean + np.sqrt((q * (x - mean) ** 2).sum(0)) * z
-            assert np.allclose(got.view(2), want, atol=5e-4), f"x_{s} is not Bayes' mean + σ z"
+            part = "σ" if np.ptp((got - mean) / z) < 1e-2 else "the mean"  # the same σ for both?
+            assert np.allclose(got, want, atol=5e-4), f"{part} of x_{s} is off"
+    assert np.allclose(walk[-1][1], 2, atol=1e-4), "x_0 is off: is there noise in the last step?"
 
 
 @pytest.mark.parametrize("side, places", [(16, 8), (4, 4)])
@@ -177,11 +173,10 @@ def test_unet_as_described():
     below, skip = noise(1, 512, 4, 4), noise(1, 128, 8, 8, seed=1)
     joined, alone = (model.up[0](below, s, noise(1, 128)) for s in (skip, 0 * skip))
     assert torch.allclose(joined - alone, skip, atol=1e-5), "a skip is not added"
-    assert small(3)(noise(2, 3, 16, 24), torch.tensor([1, T])).shape == (2, 3, 16, 24)
 
 
 def test_unet_uses_everything_and_keeps_pictures_apart():
-    """Catches: t ignored, a layer built and never applied, BatchNorm, attention across the batch."""
+    """Catches: t ignored, a layer that is never applied, BatchNorm, attention across the batch."""
     model, x, t = awake(ddpm.UNet()), noise(3, 1, 32, 32), torch.tensor([1, 500, T])
     together = model(x, t)
     assert (together - model(x, t + 1)).abs().amax((1, 2, 3)).min() > 1e-3, "t is ignored"
@@ -227,7 +222,7 @@ def test_ddim_by_hand(schedule, steps, eta):
 
 
 def test_bound_of_one_pixel_is_one_bit():
-    """Catches: a wrong weight, nats for bits, a sum of terms that is a mean. (By quadrature.)"""
+    """Catches: a wrong weight, nats for bits, a mean for a sum. (1.007: by quadrature.)"""
     best = lambda x_t, a, b: (x_t - a * (a * x_t / b**2).tanh()) / b  # by Bayes' rule
     perfect = lambda x_t, t: best(x_t, *SCHEDULE.signal_and_noise(t))
     terms = ddpm.bound(perfect, SCHEDULE, noise(2000 * (T - 1), 1, 1, 1).sign(), seeded(1))
@@ -254,11 +249,11 @@ def test_bound_is_eq_12(schedule):
 
 
 # ######## THE PROGRAM: what a user does ###########################################################
-HERE, SEEN = Path(ddpm.__file__).parent, []
+HERE = Path(ddpm.__file__).parent
 
 
 class Net(ddpm.UNet):
-    """A small network with dropout and a batch norm; what it is given in training goes to SEEN."""
+    """A small network, with dropout and a batch norm."""
 
     def __init__(self, channels=1):
         super().__init__(channels, (8, 8, 8), 16, 8, 16)
@@ -266,7 +261,7 @@ class Net(ddpm.UNet):
         awake(self)
 
     def forward(self, x_t, t):
-        SEEN.extend([(x_t, t)] * self.training)
+        assert torch.is_grad_enabled() or not self.training, "samples are drawn with dropout"
         return super().forward(self.first(x_t), t)
 
 
@@ -303,11 +298,9 @@ def test_data_and_score():
 def test_pictures_for_people_and_mirroring():
     """Catches: a grid out of order, wrong colours or range, pictures that are upside down."""
     x = shapes.to_model(shapes.make_dataset(20, seed=0))
-    x[8, 0, 0, 0] = 1  # too small for a shape
+    x[0], x[0, 0, 0, 0] = -1, 1  # a single pixel is no shape
     images = shapes.coloured(0.3 * x)  # (20, 3, 32, 32)
-    for kind, blob in shapes.explain(x[8, 0].numpy() > 0):
-        colour = shapes.COLOURS[shapes.KINDS.index(kind)] if kind else (1, -1, -1)
-        assert torch.allclose(images[8][:, blob], torch.tensor(colour).float()[:, None])
+    assert images[0, :, 0, 0].tolist() == [1, -1, -1], "what is wrong is not red"
     for pictures in (x, images, 3 * x[..., :16]):
         sheet = np.asarray(shapes.tile(pictures, columns=7)).transpose(2, 0, 1)
         h, w = sheet.shape[1] // 3, sheet.shape[2] // 7
@@ -328,35 +321,28 @@ def test_load_pictures(tmp_path):
     Image.new("RGB", (24, 16), (255, 0, 51)).save(tmp_path / "d.PNG")
     x = shapes.load_pictures(tmp_path)
     assert x.shape == (4, 3, 16, 24) and x[3, :, 5, 20].tolist() == pytest.approx([1, -1, -0.6])
-    bad, cut, odd = tmp_path / "e.png", (tmp_path / "d.PNG").read_bytes()[:-30], ("L", (28, 28))
-    for wrong in (b"text", cut, ("I;16", (24, 16)), ("L", (24, 24)), odd, None):
-        if wrong in (odd, None):  # no other picture is there
-            [path.unlink() for path in tmp_path.iterdir()]
-        if wrong:
-            bad.write_bytes(wrong) if isinstance(wrong, bytes) else Image.new(*wrong).save(bad)
-        with pytest.raises(OSError, match=re.escape(str(bad if wrong else tmp_path))) as stop:
+    cut = (tmp_path / "d.PNG").read_bytes()[:-30]
+    bad = ("e", cut), ("e", ("I;16", (24, 16))), ("e", ("L", (24, 24))), ("0", ("L", (28, 28)))
+    for name, wrong in bad:
+        file = tmp_path / f"{name}.png"
+        file.write_bytes(wrong) if wrong is cut else Image.new(*wrong).save(file)
+        with pytest.raises(OSError, match=re.escape(str(file))):
             shapes.load_pictures(tmp_path)
-        assert "\n" not in str(stop.value)
 
 
 def test_own_pictures_from_a_folder_to_samples(tmp_path, monkeypatch):
-    """Catches: letters that are mirrored or never seen; a folder that is lost or has changed."""
+    """Catches: letters that are mirrored; another size; a folder that is lost or has changed."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shapes, "mirror", None)  # letters have a side
     folder, checkpoints = tmp_path / "letters", tmp_path / "checkpoints"
     folder.mkdir()
+    with pytest.raises(OSError, match="letters"):  # nothing is in it
+        run_train(checkpoints, "--data=letters")
     for i, picture in enumerate(np.random.default_rng(0).integers(256, size=(3, 16, 24, 3))):
         Image.fromarray(np.uint8(picture)).save(folder / f"{i}.png")
-    SEEN.clear()
     run_train(checkpoints, "--data=letters", "--epochs=1")
-    data, found = shapes.load_pictures(folder), set()
-    for x_t, t in SEEN:
-        x_0 = x_t / SCHEDULE.signal_and_noise(t)[0]  # with noise, but little at small t
-        distance = torch.cdist(x_0.flatten(1), torch.cat([data, data.flip(3)]).flatten(1))
-        found.update(distance.argmin(1)[t < 500].tolist())
-    assert found == {0, 1, 2} and (checkpoints / "data.png").exists()
-    for flag in ("--n=16", "--process"):
-        sample.main(["--device=cpu", "--steps=3", flag], Net)
-    assert Image.open("samples.png").size == (8 * 122, 2 * 82) and Path("process.gif").exists()
+    sample.main(["--device=cpu", "--steps=3", "--n=16"], Net)
+    assert Image.open("samples.png").size == (8 * 122, 2 * 82)
     with pytest.raises(SystemExit, match="^error: .*--explain"):
         sample.main(["--device=cpu", "--explain"], Net)
     monkeypatch.chdir(folder)  # from here "letters" would be another folder
@@ -367,10 +353,8 @@ def test_own_pictures_from_a_folder_to_samples(tmp_path, monkeypatch):
 
 
 def test_train_one_epoch_and_one_more_are_two(tmp_path):
-    """Catches: noise that repeats or differs; optimizer, rate, average or flags not restored."""
-    SEEN.clear()
+    """Catches: noise that differs; optimizer, rate, average or flags not restored."""
     whole = run_train(tmp_path / "a", "--epochs=2", "--seed=1", "--lr=1e-2")
-    assert len(SEEN) == len({tuple(t.tolist()) for _, t in SEEN}) == 8
     run_train(tmp_path / "b", "--epochs=1", "--seed=1", "--lr=1e-2")
     parts = run_train(tmp_path / "b", "--resume", "--epochs=2")
     for key in whole.keys() - {"run"}:
@@ -393,15 +377,15 @@ def test_train_the_first_step_and_the_average(tmp_path):
     assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-3 * train.rate(1))
     rates = [train.rate(step) for step in range(4000)]
     assert rates[0] == 1 / 500 and rates[499] == max(rates) == 1 and rates[3999] == 0.5
-    assert torch.equal(state["beta"], SCHEDULE.beta[1:])
 
 
 def test_train_leaves_its_files_and_those_of_others(tmp_path, capsys):
     """Catches: a missing file or curve, a wrong best.pt; an older run or a user's file overwritten,
     or moved by a start that fails; a broken network that is saved."""
-    folder, empty = tmp_path / "checkpoints", tmp_path / "empty"
+    folder = tmp_path / "checkpoints"
     files = lambda folder: {path.name: path.read_bytes() for path in folder.glob("*.*")}
     losses = run_train(folder, "--epochs=5", "--samples=16", "--lr=1e-9")["losses"]
+    assert np.std(losses) > 1e-3, "the noise is the same in each epoch"
     best = torch.load(folder / "best.pt", weights_only=True)["losses"]
     assert best == losses[: losses.index(min(losses)) + 1] and 1 < len(best) < 5
     (run,) = (folder / "logs").iterdir()
@@ -411,9 +395,10 @@ def test_train_leaves_its_files_and_those_of_others(tmp_path, capsys):
     old = files(folder)
     assert old.keys() == {"latest.pt", "best.pt", "loss.png", "data.png", "samples_0005.png"}
     (folder / "mine.png").write_text("mine")
-    empty.mkdir()
-    with pytest.raises(OSError, match="empty"):
-        run_train(folder, f"--data={empty}")
+    wrongs = ("--data=no", OSError), ("--lr=nan", SystemExit), ("--epochs=0", SystemExit)
+    for wrong, error in wrongs:
+        with pytest.raises(error):
+            run_train(folder, wrong)
     run_train(folder, "--resume")
     assert "all 5 epochs are done" in capsys.readouterr().out
     assert files(folder) == {**old, "mine.png": b"mine"}
@@ -444,9 +429,9 @@ def test_sample_uses_every_flag(tmp_path, monkeypatch, capsys):
     assert Image.open("process.gif").n_frames >= 13
     grey, colour = (np.ptp(Image.open(f"{name}.png"), 2) for name in ("samples", "explained"))
     assert grey.shape == colour.shape and not grey.any() and colour.any()
-    for steps in (0, 13):
-        with pytest.raises(SystemExit, match="^error: --steps must be from 1 to 12"):
-            sample.main(["--device=cpu", f"--steps={steps}"], Net)
+    for wrong in ("--steps=0", "--steps=13", "--output=no/a.png"):
+        with pytest.raises(SystemExit, match="2|--steps must be from 1 to 12"):
+            sample.main(["--device=cpu", wrong], Net)
 
 
 @pytest.mark.parametrize("main, flag", [(train.main, "--resume"), (sample.main, "--checkpoint={}")])
@@ -457,23 +442,14 @@ def test_a_broken_checkpoint_gets_one_line(main, flag, tmp_path, monkeypatch):
     state, cut = run_train(path.parent, "--epochs=1"), path.read_bytes()[:9999]
     state["flags"]["epochs"] = 2
     foreign = {**state, "model": large, "average": large}
-    older = {key: value for key, value in state.items() if key != "shape"}
     evil = type("Evil", (), {"__reduce__": lambda self: (os.mkdir, ("it ran",))})()
-    for broken in (b"", b"text", cut, {"epoch": 1}, state["model"], foreign, older, evil):
+    older = {key: value for key, value in state.items() if key != "shape"}
+    for broken in (b"", b"text", cut, {"epoch": 1}, foreign, older, evil):
         path.write_bytes(broken) if isinstance(broken, bytes) else torch.save(broken, path)
         with pytest.raises(SystemExit, match=f"^error: cannot use {re.escape(str(path))}") as stop:
             main([flag.format(path), "--device=cpu"], Net)
         assert "\n" not in stop.value.code and len(stop.value.code) < 400
-        assert not Path("it ran").exists()
-
-
-def test_a_mistake_gets_one_line(capsys):
-    """Catches: a traceback for the user, or an hour of training with a number that is none."""
-    mistakes = (train, "--lr=nan"), (train, f"--seed={2**64 - 1}"), (sample, "--output=no/a.png")
-    for script, flag in mistakes:
-        with pytest.raises(SystemExit, match="2"):
-            script.main([flag])
-        assert flag.split("=")[0] in capsys.readouterr().err.splitlines()[-1]
+    assert not Path("it ran").exists()
 
 
 @pytest.mark.filterwarnings("ignore:The train function is executing locally")
@@ -482,16 +458,16 @@ def test_modal_trains_and_goes_on_after_a_restart(tmp_path):
     latest, script = tmp_path / "latest.pt", tmp_path / "script.py"
     latest.write_text("of an older run")
     script.write_text("raise SystemExit(3)")  # interrupted before train.py did anything
-    assert modal_train.train.local(["--epochs=9"], "a run", tmp_path, script) == 3
+    assert modal_train.train.local(["--epochs=9"], "a", tmp_path, script) == 3
     # The next calls end after an epoch; their latest.pt is the flags that train.py was given.
-    script.write_text(f"import sys; open({str(latest)!r}, 'w').write('\\n'.join(sys.argv[1:]))")
-    for run, flag in (("a run", []), ("a run", []), ("b", []), ("c", ["--resume"])):
-        resumes = latest.exists() and run != "b"
+    script.write_text("import sys; open('latest.pt', 'w').write('\\n'.join(sys.argv[1:]))")
+    calls = ("a", [], False), ("a", [], True), ("b", [], False), ("c", ["--resume"], True)
+    for run, flag, resumes in calls:
         assert modal_train.train.local(["--epochs=9", *flag], run, tmp_path, script) == 0
         args = train.parse(latest.read_text().splitlines())
-        assert (args.epochs, args.resume, args.checkpoints) == (9, resumes, tmp_path)
+        assert (args.epochs, args.resume, args.checkpoints) == (9, resumes, Path())
     aside = [path.read_text() for path in tmp_path.glob("before_*/latest.pt")]
-    assert len(aside) == 2 and "of an older run" in aside and args.logs == tmp_path / "logs"
+    assert len(aside) == 2 and "of an older run" in aside
     with pytest.raises(SystemExit, match="^error: --data"):
         modal_train.main("--data", ".")
 
@@ -501,9 +477,9 @@ def test_scripts_and_imports_in_a_process_of_their_own(tmp_path):
     plots away; torch needed by who only sends a run to the cloud."""
     backend = "module://matplotlib_inline.backend_inline"  # matplotlib does not look up others
     env = {**os.environ, "PYTHONPATH": str(HERE), "MPLBACKEND": backend}
-    check = "assert old == dict(os.environ) and 'matplotlib' not in sys.modules"
+    check = f"assert os.environ['MPLBACKEND'] == {backend!r} and 'matplotlib' not in sys.modules"
     for words in (
-        ["-c", f"import os, sys; old = dict(os.environ); import shapes; {check}"],
+        ["-c", f"import os, sys, shapes; {check}"],
         ["-c", "import sys; sys.modules['torch'] = None; import modal_train"],
         *([HERE / "ddpm.py"], [HERE / "shapes.py"]),
         [HERE / "train.py", "--samples=64", "--logs=shapes.png"],  # which is no folder

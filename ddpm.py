@@ -516,7 +516,7 @@ if __name__ == "__main__":
 
     # A picture: noise on it, and the best guess of it, if the data is 2,000 pictures.
     training = shapes.to_model(shapes.make_dataset(2000, seed=0))  # (2000, 1, 32, 32)
-    t = torch.tensor([1, 200, 400, 500, 600, 700, 800, 1000])
+    t = torch.tensor([10, 200, 400, 500, 600, 700, 800, 1000]) * T // 1000  # (8,)
     x_t = q_sample(schedule, training[[3]], t, torch.randn(1, 1, 32, 32))  # (8, 1, 32, 32)
     eps_theta = perfect_model(schedule, training)(x_t, t)  # (8, 1, 32, 32)
     rows = torch.cat([x_t, predict_x_0(schedule, x_t, t, eps_theta)])  # (16, 1, 32, 32)

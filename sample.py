@@ -54,7 +54,7 @@ def reading(path):
         yield
     except Exception as e:  # noqa: BLE001, a foreign file can be wrong in any way
         cause = repr(e) if len(repr(e)) < 200 else f"{e!r:.120} ... {repr(e)[-80:]}"
-        sys.exit(f"error: cannot use {path}: {cause}")
+        sys.exit(f"error: cannot use {path} as a checkpoint of train.py: {cause}")
 
 
 def save_process(path, stops):

@@ -40,7 +40,7 @@ def parse(argv):
 
 def rate(step):
     """The learning rate as a share of --lr: reached after 500 steps, falls as 1/step from step
-    2,000 on. BEYOND THE PAPER, where it is constant."""
+    2,000 on. BEYOND THE PAPER, where it is constant: in a short run, first fast, then fine."""
     return min((step + 1) / 500, 1, 2000 / (step + 1))
 
 

@@ -1,11 +1,5 @@
-"""Turns noise into pictures with a trained network: python sample.py
-
-python sample.py                    a grid of 16 pictures: samples.png
-python sample.py --steps 50         16 others, in 50 steps instead of 1000
-python sample.py --process          noise becoming pictures: process.png, process.gif
-python sample.py --explain          every shape in the colour of its kind: explained.png
-python sample.py --score --n 1000   how many of 1000 pictures are right, and the bound
-"""
+"""Turns noise into pictures with a trained network: python sample.py. With --process it shows how,
+with --explain or --score whether they are right."""
 
 import argparse
 import sys

@@ -1,8 +1,5 @@
-"""The data: 32x32 binary pictures with one to three shapes, or your own. For the model a picture is
-float32 (C, H, W) in [-1, 1].
-
-python shapes.py        saves shapes.png: training pictures in colours
-"""
+"""The data: 32x32 binary pictures with one to three shapes, or your own, for the model as float32
+(C, H, W) in [-1, 1]. python shapes.py saves shapes.png: training pictures in colours."""
 
 import sys
 from pathlib import Path

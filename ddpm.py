@@ -508,9 +508,8 @@ if __name__ == "__main__":
     walks = algorithm_2(tiny, schedule, x_T), ddim(tiny, schedule, x_T, T, eta=0)
     for axes, title, walk in zip((middle, right), ("Algorithm 2", "η = 0"), walks):
         t, x = zip(*walk)
-        axes.plot(
-            t, torch.stack(x).flatten(1), linewidth=0.6
-        )  # (T + 1, 40), a column for each walk
+        x = torch.stack(x).flatten(1)  # (T + 1, 40), a column for each walk
+        axes.plot(t, x, linewidth=0.6)
         axes.set(xlabel="t", ylabel="$x_t$", title=title, xlim=(T, -15), yticks=[-1, 1])
     figure.savefig("pixel.png", dpi=100)
 

@@ -108,12 +108,13 @@ def main(argv, network=ddpm.UNet):
             times = torch.full((args.n,), t, device=x.device)  # (n,)
             x_0_hat = ddpm.predict_x_0(schedule, x, times, model(x, times))  # x itself at t = 0
             stops.append((t, x.cpu(), x_0_hat.cpu()))
+    x = x.cpu()  # x_0: (n, C, H, W)
     if args.score:
-        return print_score(x.cpu(), model, schedule, flags)
+        return print_score(x, model, schedule, flags)
     if args.process:
         save_process(args.output, stops)
     else:
-        x = shapes.coloured(x.cpu()) if args.explain else x.cpu()
+        x = shapes.coloured(x) if args.explain else x
         shapes.tile(x, columns=8 if args.n <= 16 else 16).save(args.output)
     print(f"saved {args.output}")
 

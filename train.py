@@ -140,11 +140,12 @@ def main(argv, network=ddpm.UNet):
             torch.manual_seed(0)  # so that the same noise becomes better pictures
             x_T = torch.randn(64, *shape).to(args.device)
             *_, (_, x_0) = ddpm.ddim(average, schedule, x_T, steps=20, eta=1)
-            sheet = shapes.tile(x_0.cpu(), columns=16)
+            x_0 = x_0.cpu()
+            sheet = shapes.tile(x_0, columns=16)
             sheet.save(args.checkpoints / f"samples_{epoch:04d}.png")
             writer.add_image("samples", np.asarray(sheet), epoch, dataformats="HWC")
             if not flags["data"]:
-                right, _ = shapes.score(x_0.cpu(), data)
+                right, _ = shapes.score(x_0, data)
                 print(f"of 64 samples {right:.0%} are right", flush=True)
         writer.flush()
         axes = Figure(figsize=(6, 3), layout="constrained").subplots()

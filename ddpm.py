@@ -41,12 +41,10 @@ That is two algorithms, printed here as in the paper:
 The paper is Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", 2020 (arXiv
 2006.11239); the numbers of equations are its own. Pictures are float32 (B, C, H, W) in [-1, 1]: B
 in a batch, C channels, H x W pixels. A line that changes a tensor's shape ends with the new shape.
-
-    python ddpm.py      runs both algorithms on a single pixel, saves pixel.png and forward.png
+`python ddpm.py` runs both algorithms on a single pixel, and saves pixel.png and forward.png.
 """
 
 import os
-from itertools import pairwise
 from math import log
 
 import torch
@@ -54,7 +52,6 @@ import torch.nn.functional as F
 from torch import nn
 
 # ######## PART I, THE METHOD: all that training and sampling need #################################
-
 # ==== 1. Noise: from x_0 to x_t ===================================================================
 # One noising step shrinks a picture a little and adds a little noise:
 #
@@ -81,11 +78,9 @@ BETA = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # β_1, ..., β_T 
 
 
 class Schedule:
-    """Holds T and the tables beta, alpha, alpha_bar, one_minus_alpha_bar: float32 (T + 1,).
-
-    beta: β_1, ..., β_T, float (T,), between 0 and 1. The tables are indexed by the paper's t;
-    alpha_bar[0] = 1. Computed in float64, as in float32 a 1 - alpha_bar near 0 loses digits.
-    """
+    """Holds T and the tables beta, alpha, alpha_bar, one_minus_alpha_bar: float32 (T + 1,), indexed
+    by the paper's t, with alpha_bar[0] = 1. beta: β_1, ..., β_T, float (T,), between 0 and 1.
+    Computed in float64, as in float32 a 1 - alpha_bar near 0 loses digits."""
 
     def __init__(self, beta=BETA, device="cpu"):
         self.T = len(beta)
@@ -110,17 +105,16 @@ def q_sample(schedule, x_0, t, eps):
 
 # ==== 2. Training: Algorithm 1 ====================================================================
 # The network sees x_t and t, and guesses ε (noise prediction). Its loss is the squared error of the
-# guess (Eq. 14). Our U-Net at first guesses 0, so the loss begins at 1, the variance of ε.
+# guess (Eq. 14), as a mean over all t; one t for each picture, drawn at random, is enough. Our
+# U-Net at first guesses 0, so the loss begins at 1, the variance of ε.
 #
-# Many pictures could be behind the same x_t, and the network cannot know which one it was. The guess
-# with the least squared error, which it approaches, is an average: the mean of ε over all of these
-# pictures, each counted by its probability. (Section 5 proves it.)
+# Many pictures could be behind the same x_t, and the network cannot know which one it was. The
+# guess with the least squared error, which it approaches, is an average: the mean of ε over all of
+# these pictures, each counted by its probability. (Section 5 proves it.)
 #
-# The loss is a mean over all t. One t for each picture, drawn at random, is enough on average.
-#
-# BEYOND THE PAPER, our one change to the algorithms: in the paper all t are equally likely, and
-# draw_t would `return a`. Here the middle t come more often, for they decide what our pictures show:
-# at small t one can see it in x_t, at large t nobody could know. The best guess remains the same.
+# BEYOND THE PAPER, our one change to the algorithms: there, all t are equally likely, and draw_t
+# would `return a`. Here middle t come more often, for they decide what our pictures show: at small
+# t it can be seen in x_t, at large t nobody could know. The best guess stays the same.
 def draw_t(n, T, generator=None):
     """Line 3 of Algorithm 1: int64 (n,), each from 1 to T. generator: on the CPU."""
     a, b = torch.randint(1, T + 1, (2, n), generator=generator)  # (n,) each
@@ -130,12 +124,9 @@ def draw_t(n, T, generator=None):
 
 
 def algorithm_1(model, schedule, optimizer, x_0, generator=None):
-    """Lines 3 to 5 for a batch x_0: changes the weights, returns the loss, 0-d.
-
-    model: model(x_t, t), with t int64 (B,), guesses eps, in the shape of x_t. optimizer: for its
-    weights. x_0: float32 (B, C, H, W) in [-1, 1]. generator: on the CPU, where all noise is drawn,
-    so that a seed means the same on every device.
-    """
+    """Lines 3 to 5 for a batch x_0: changes the weights, returns the loss, 0-d. x_0: float32
+    (B, C, H, W) in [-1, 1]. model(x_t, t), with t int64 (B,), guesses eps. optimizer: of its
+    weights. generator: on the CPU, so that a seed means the same on every device."""
     t = draw_t(len(x_0), schedule.T, generator).to(x_0.device)  # line 3, one for each picture: (B,)
     eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)  # line 4: (B, C, H, W)
     x_t = q_sample(schedule, x_0, t, eps)
@@ -148,8 +139,8 @@ def algorithm_1(model, schedule, optimizer, x_0, generator=None):
 
 # ==== 3. Sampling: Algorithm 2 ====================================================================
 # Now back, from x_t to x_{t-1}. Suppose for a moment that x_0 is known. Then we know two things
-# about x_{t-1}: it was made from x_0 (Eq. 4), and x_t was made from it (Eq. 2), by a step that looks
-# only at x_{t-1} and not at x_0 (the Markov property). Bayes' rule puts the two together:
+# about x_{t-1}: it was made from x_0 (Eq. 4), and x_t was made from it (Eq. 2), by a step that
+# looks only at x_{t-1} and not at x_0 (the Markov property). Bayes' rule puts the two together:
 #
 #     q(x_{t-1} | x_t, x_0)  ∝  q(x_{t-1} | x_0)  q(x_t | x_{t-1})
 #
@@ -179,24 +170,21 @@ def predict_x_0(schedule, x_t, t, eps_theta):
 #
 #     μ_θ(x_t, t) = 1/√α_t (x_t - β_t/√(1 - ᾱ_t) ε_θ(x_t, t))                               (Eq. 11)
 #
-# A step back draws from a Gaussian around this mean. Without its noise, x_{t-1} would lack the spread
-# that q gives it. A Gaussian is exact if x_0 is known, and nearly so for short steps: so T is large.
+# A step back draws from a Gaussian around this mean: without noise, x_{t-1} would lack q's spread.
+# A Gaussian is exact if x_0 is known, and nearly so for short steps: so T is large.
 #
-# How wide is it? σ_t² = β̃_t is right if there is only one picture, σ_t² = β_t if the data is N(0, I).
-# They differ mainly at the smallest t, and both worked alike in the paper (Section 3.2). We take β̃_t.
+# How wide? σ_t² = β̃_t is right if there is only one picture, σ_t² = β_t if the data is N(0, I).
+# They differ mainly at small t, and did equally well in the paper (Section 3.2). We take β̃_t.
 @torch.no_grad()
 def algorithm_2(model, schedule, x_T, generator=None):
     """Algorithm 2. Yields (t, x_t) for t = T, ..., 0: first x_T as given, last the samples x_0.
-
-    model, generator: as for algorithm_1. x_T: from N(0, I), float32 (B, C, H, W).
-    """
+    x_T: from N(0, I), float32 (B, C, H, W). model, generator: as for algorithm_1."""
     beta, alpha, one_minus = schedule.beta, schedule.alpha, schedule.one_minus_alpha_bar
     x_t = x_T  # line 1
     yield schedule.T, x_t
     for t in range(schedule.T, 0, -1):  # line 2
         z = torch.randn(x_T.shape, generator=generator).to(x_T.device) if t > 1 else 0  # line 3
-        times = torch.full((len(x_T),), t, device=x_T.device)  # (B,)
-        eps_theta = model(x_t, times)
+        eps_theta = model(x_t, torch.full((len(x_T),), t, device=x_T.device))
         mu_theta = (x_t - beta[t] / one_minus[t].sqrt() * eps_theta) / alpha[t].sqrt()  # Eq. 11
         sigma = (one_minus[t - 1] / one_minus[t] * beta[t]).sqrt()  # √β̃_t
         x_t = mu_theta + sigma * z  # line 4: x_t becomes x_{t-1}
@@ -204,9 +192,9 @@ def algorithm_2(model, schedule, x_T, generator=None):
 
 
 # ==== 4. The network ==============================================================================
-# TIME. Any network will do that takes x_t and t and returns a tensor of x_t's shape. It must know t:
-# a bright speck is noise at t = 900 and part of the picture at t = 5. Sines and cosines of t are like
-# the hands of a clock: fast ones tell t from t + 1, slow ones early from late. (arXiv 1706.03762)
+# TIME. Any network will do that maps x_t and t to a tensor of x_t's shape. It must know t: a bright
+# speck is noise at t = 900 and part of the picture at t = 5. Sines and cosines of t are like the
+# hands of a clock: fast ones tell t from t + 1, slow ones early from late. (arXiv 1706.03762)
 def time_embedding(t, dim):
     """Sines and cosines of t, float32 (B, dim) in [-1, 1]. t: int64 (B,); dim: even."""
     share = torch.arange(dim // 2, device=t.device) / (dim // 2)  # (dim / 2,), from 0 to almost 1
@@ -241,11 +229,11 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv2(F.silu(self.norm2(h)))  # (B, c_out, H, W)
 
 
-# ATTENTION lets distant places talk, where a convolution sees neighbours. Every place has a query, a
-# key and a value, vectors of d numbers, and receives a mean of all values, weighted by how well its
-# query matches their keys: softmax(q k^T / √d) v. Without √d the sums of d products would be so large
-# that a place sees almost only one. (In the code, places are columns of q, k and v, not rows.) The
-# cost grows as the square of the number of places, so larger pictures are averaged to 8x8 first.
+# ATTENTION lets distant places talk, where a convolution sees neighbours. Every place has a query,
+# a key and a value, vectors of d numbers, and receives a mean of all values, weighted by how well
+# its query matches their keys: softmax(q k^T / √d) v. Without √d, sums of d products would be so
+# large that a place sees almost only one. (In the code, places are columns of q, k and v, not
+# rows.) The cost grows with the square of their number, so larger pictures are averaged to 8x8.
 class Attention(nn.Module):
     """Self-attention with one head, added to its input: (B, C, H, W) -> (B, C, H, W)."""
 
@@ -265,8 +253,8 @@ class Attention(nn.Module):
 
 
 # THE U-NET, smaller and simpler than the paper's, goes down to an eighth of the size, where it sees
-# the whole picture, and up again. A skip connection hands each level up what it had on the way down:
-# the bottom tells what is in the picture, the skips exactly where.
+# the whole picture, and up again. A skip connection hands each level up what it had on the way
+# down: the bottom tells what is in the picture, the skips exactly where.
 #
 #     32x32  stem -- down ------------------------------- up -- out
 #     16x16            down ----------------------- up
@@ -315,7 +303,7 @@ class UNet(nn.Module):
         for block in self.down:
             x = block(x, time)  # (B, c, h, w), with c = c1, c2, c3
             skips.append(x)
-            x = F.avg_pool2d(x, 2)  # (B, c, h/2, w/2), which are h and w for the next block
+            x = F.avg_pool2d(x, 2)  # (B, c, h/2, w/2), h and w of the next block
         x = self.attention(self.middle1(x, time))  # (B, c4, h, w)
         x = self.middle2(x, time)
         for level in self.up:
@@ -326,11 +314,10 @@ class UNet(nn.Module):
 # This is the whole method. (train.py draws its samples with an average of the weights, and in fewer
 # steps, by ddim of section 6.) Go and train, and come back to ask why it works.
 
+
 # ######## PART II, LOOKING DEEPER: why it works, fewer steps, and where the loss comes from #######
-
-
 # ==== 5. A perfect network, and one pixel =========================================================
-# What is the best guess? By Eq. 4, for a given x_t, the errors of ε_θ and x̂_0 are proportional:
+# What is the best guess? By Eq. 4, given x_t, the errors of ε_θ and x̂_0 are proportional:
 #
 #     ‖ε - ε_θ‖² = SNR(t) ‖x_0 - x̂_0‖²       with the signal-to-noise ratio SNR(t) = ᾱ_t/(1 - ᾱ_t)
 #
@@ -340,8 +327,7 @@ class UNet(nn.Module):
 #     E[‖x_0 - c‖²] = E[‖x_0 - m‖²] + 2 E[x_0 - m]·(m - c) + ‖m - c‖²
 #
 # The middle term vanishes, as E[x_0 - m] = m - m = 0, and the first does not depend on c. So the
-# best guess is c = m. At large t it is a grey blur (forward.png), so one step from noise draws no
-# picture. A step back leaves less in doubt, and the next guess is sharper.
+# best guess is c = m: at large t a grey blur, the smaller t, the sharper (forward.png).
 #
 # If the data is a list of pictures, all equally likely, m needs no training. Bayes' rule gives the
 # probability w_i that picture i is behind x_t:
@@ -362,17 +348,15 @@ def perfect_model(schedule, pictures):
     return model
 
 
-# ONE PIXEL. `python ddpm.py` trains a tiny network on pictures of a single pixel, -1 or +1. Its loss
-# comes near that of the perfect network (pixel.png, left), but for the smallest t, where ε is hard to
-# see in x_t. Both have a hump: at small t the pixel is clear, at large t ε is, in between neither.
+# ONE PIXEL. `python ddpm.py` trains a tiny network on one pixel, -1 or +1. Its loss comes near that
+# of the perfect network (pixel.png, left), but for the smallest t, where ε is hard to see in x_t.
+# Both have a hump: at small t the pixel is clear, at large t ε is, in between neither. Algorithm 2
+# leads x_t to -1 or +1 (middle), and chance decides to which: at first x̂_0 is near 0, then z pushes
+# x_t to one side, and x̂_0 follows.
 #
-# Algorithm 2 leads its walks to -1 or +1, and chance decides to which: at first x̂_0 is near 0, then z
-# pushes x_t to one side, and x̂_0 follows. (pixel.png, middle)
-#
-# MANY PIXELS. The pixels of a shape agree, so it can be seen through more noise, and is decided at
-# larger t (forward.png). If the data is the list of training pictures, the perfect network only draws
-# these. So the least training loss means memorising, and what is new in a trained network's samples
-# comes from what it could not learn by heart.
+# MANY PIXELS. The pixels of a shape agree, so it is decided at larger t (forward.png). If the data
+# is the list of training pictures, the perfect network draws nothing else: the least training loss
+# means memorising. What is new in a trained network's samples, it could not learn by heart.
 
 
 # ==== 6. Fewer steps, and the score ===============================================================
@@ -384,12 +368,12 @@ def perfect_model(schedule, pictures):
 #     x_s = √ᾱ_s x̂_0 + √(1 - ᾱ_s - σ²) ε_θ + σ z
 #     σ²  = η² (1 - ᾱ_s)/(1 - ᾱ_t) (1 - ᾱ_t/ᾱ_s)
 #
-# The variances of the two noises add up to 1 - ᾱ_s, as in Eq. 4. With η = 1 and s = t - 1, σ² is β̃_t
-# and this is Algorithm 2. Only the clip is new: at t = T an error of ε_θ is 157 times as large in x̂_0,
-# on which a long step relies. So x̂_0 is kept in [-1, 1], as in Ho's program.
+# The variances of the two noises add up to 1 - ᾱ_s, as in Eq. 4. With η = 1 and s = t - 1, σ² is
+# β̃_t and this is Algorithm 2. Only the clip is new: at t = T an error of ε_θ is 157 times as large
+# in x̂_0, on which a long step relies. So x̂_0 is kept in [-1, 1], as in Ho's program.
 #
 # With η = 0 nothing is random but x_T, and with many steps a walk comes near the solution of an
-# ordinary differential equation (ODE). Mostly it ends on the side where it began. (pixel.png, right)
+# ordinary differential equation (ODE). Mostly it stays on its side (pixel.png, right).
 @torch.no_grad()
 def ddim(model, schedule, x_T, steps, eta, generator=None):
     """DDIM in 1 to T steps, with eta from 0 (no fresh noise) to 1. For the rest see algorithm_2."""
@@ -397,7 +381,7 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
     visited = torch.linspace(schedule.T, 1, steps, dtype=torch.float64).round().int().tolist()
     x_t = x_T
     yield schedule.T, x_t
-    for t, s in pairwise([*visited, 0]):
+    for t, s in zip(visited, [*visited[1:], 0]):
         times = torch.full((len(x_T),), t, device=x_T.device)  # (B,)
         x_0_hat = predict_x_0(schedule, x_t, times, model(x_t, times)).clamp(-1, 1)
         eps_theta = (x_t - alpha_bar[t].sqrt() * x_0_hat) / one_minus[t].sqrt()  # after the clip
@@ -408,13 +392,11 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
         yield s, x_t
 
 
-# THE SCORE ∇ log q(x_t) points to where x_t would be more likely. Other texts learn it instead of ε,
-# and it is the same but for a factor:
+# THE SCORE ∇ log q(x_t) points to where x_t would be more likely. Other texts learn it, and follow
+# it in small steps, with noise (Langevin dynamics). It is the best guess of ε but for a factor:
+# write ∇q as q ∇ log q in q(x_t) = ∫ q(x_t | x_0) q(x_0), then
 #
 #     ∇ log q(x_t) = E[∇ log q(x_t | x_0)] = -E[ε] / √(1 - ᾱ_t)            with the E of section 5
-#
-# (In q(x_t) = ∫ q(x_t | x_0) q(x_0), write ∇q as q ∇ log q.) To follow it in small steps, with noise,
-# is Langevin dynamics, which Algorithm 2 resembles.
 
 
 # ==== 7. Where the loss comes from: the variational bound =========================================
@@ -434,8 +416,7 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 #
 #     q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0)         for t > 1
 #
-# In the product over t the fractions leave q(x_T | x_0) / q(x_1 | x_0), and the factor of t = 1 cancels
-# the denominator:
+# Of the fractions, the product leaves q(x_T | x_0) / q(x_1 | x_0). Times q(x_1 | x_0), for t = 1:
 #
 #     q(x_1, ..., x_T | x_0) = q(x_T | x_0) Π_{t>1} q(x_{t-1} | x_t, x_0)
 #     L = E_q[ KL(q(x_T | x_0) ‖ p(x_T))                                        L_T
@@ -453,22 +434,19 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 # Algorithm 1 drops it. The best guess remains the same, but the effort goes to where pictures take
 # shape. The bound gets worse and the samples better (Ho, Table 1).
 #
-# With pixels of ±1 the two other terms are almost 0, and bound leaves them out: L_T has no θ, and in
-# L_0 only the sign counts (Eq. 13, with σ_1² = β_1, as β̃_1 = 0 would give no density). In bits, L is
-# the length of an ideal code for x_0, for one pixel at least a coin's, 1 bit.
+# With pixels of ±1 the two other terms are almost 0, and bound leaves them out: L_T has no θ, and
+# in L_0 only the sign counts (Eq. 13, with σ_1² = β_1, as β̃_1 = 0 would give no density). In bits,
+# L is the length of an ideal code for x_0: for one pixel, at least 1 bit.
 @torch.no_grad()
 def bound(model, schedule, x_0, generator=None):
     """L_{t-1} (Eq. 8) at index t > 1, in bits a picture: float32 (T + 1,). x_0: (n, C, H, W); n: a
-    multiple of T - 1, for equally many of each t, or else ValueError. The rest: see algorithm_1."""
-    terms = schedule.T - 1
-    if len(x_0) == 0 or len(x_0) % terms:
-        raise ValueError(f"the bound needs a multiple of {terms} pictures, not {len(x_0)}")
-    t = 2 + torch.arange(len(x_0), device=x_0.device) % terms  # (n,): 2, ..., T, 2, ...
+    multiple of T - 1, for equally many of each t, or else RuntimeError. The rest: algorithm_1."""
+    t = 2 + torch.arange(len(x_0), device=x_0.device) % (schedule.T - 1)  # (n,): 2, ..., T, 2, ...
     x_t = q_sample(schedule, x_0, t, torch.randn(x_0.shape, generator=generator).to(x_0.device))
     x_0_hat = predict_x_0(schedule, x_t, t, model(x_t, t))
     snr = schedule.alpha_bar / schedule.one_minus_alpha_bar  # (T + 1,), infinite at 0
     nats = (snr[t - 1] - snr[t]) / 2 * (x_0 - x_0_hat).square().sum((1, 2, 3))  # (n,)
-    return F.pad(nats.view(-1, terms).mean(0) / log(2), (2, 0))  # (T + 1,)
+    return F.pad(nats.view(-1, schedule.T - 1).mean(0) / log(2), (2, 0))  # (T + 1,)
 
 
 # ==== Look at it: python ddpm.py ==================================================================
@@ -480,41 +458,38 @@ if __name__ == "__main__":
 
     # One pixel: a tiny network learns it by Algorithm 1 and draws it by Algorithm 2.
     torch.manual_seed(0)
-    schedule, pixel = Schedule(), torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1)
-    one, two, three = nn.Linear(33, 64), nn.Linear(64, 64), nn.Linear(64, 1)
-    layers = nn.Sequential(one, nn.SiLU(), two, nn.SiLU(), three)
+    schedule, T, pixel = Schedule(), len(BETA), torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1)
+    layers = nn.Linear(33, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1)
+    net = nn.Sequential(*layers)
 
     def tiny(x_t, t):
         x = torch.cat([x_t.flatten(1), time_embedding(t, 32)], dim=1)  # (B, 33)
-        return layers(x).view(x_t.shape)  # (B, 1, 1, 1)
+        return net(x).view(x_t.shape)  # (B, 1, 1, 1)
 
-    optimizer = torch.optim.Adam(layers.parameters(), lr=5e-3)
+    optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
     for _ in range(2000):
         x_0 = pixel[torch.randint(2, (1024,))]  # line 2: (1024, 1, 1, 1)
         algorithm_1(tiny, schedule, optimizer, x_0)
 
     figure = Figure(figsize=(12, 3), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    T, x_0 = schedule.T, pixel.repeat(500, 1, 1, 1)  # x_0: (1000, 1, 1, 1)
-    eps = 2**0.5 * torch.linspace(-0.999, 0.999, 1000).erfinv().view(x_0.shape)  # spread as N(0, 1)
-    times = [torch.full((1000,), t) for t in range(1, T + 1)]
+    x_0, eps = pixel.repeat(1000, 1, 1, 1), torch.randn(2000, 1, 1, 1)
+    times = torch.arange(1, T + 1)[:, None].expand(-1, 2000)  # (T, 2000)
     for name, model in (("tiny", tiny), ("perfect", perfect_model(schedule, pixel))):
         loss = [F.mse_loss(model(q_sample(schedule, x_0, t, eps), t), eps).item() for t in times]
-        left.plot(range(1, T + 1), loss, label=f"{name} network")
-        print(f"one pixel: the loss of the {name} network is {sum(loss) / T:.3f}, as a mean over t")
+        left.plot(times[:, 0], loss, label=f"{name} network, {sum(loss) / T:.2f} on average")
     left.set(xlabel="t", ylabel="loss")
     left.legend()
     x_T = torch.randn(40, 1, 1, 1)
     walks = algorithm_2(tiny, schedule, x_T), ddim(tiny, schedule, x_T, T, eta=0)
     for axes, title, walk in zip((middle, right), ("Algorithm 2", "η = 0"), walks):
         t, x = zip(*walk)
-        x = torch.stack(x).flatten(1)  # (T + 1, 40), a column for each walk
-        axes.plot(t, x, linewidth=0.6)
+        axes.plot(t, torch.stack(x).flatten(1), linewidth=0.6)  # (T + 1, 40): a line for each walk
         axes.set(xlabel="t", ylabel="$x_t$", title=title, xlim=(T, -15), yticks=[-1, 1])
     figure.savefig("pixel.png", dpi=100)
 
-    # A picture: noise on it, and the best guess of it, if the data is 2,000 pictures.
-    training = shapes.to_model(shapes.make_dataset(2000, seed=0))  # (2000, 1, 32, 32)
+    # A picture: with noise, and the best guess of it, if the data is 2,000 pictures.
+    training = shapes.make_dataset(2000, seed=0)  # (2000, 1, 32, 32)
     t = torch.tensor([10, 200, 400, 500, 600, 700, 800, 1000]) * T // 1000  # (8,)
     x_t = q_sample(schedule, training[[3]], t, torch.randn(1, 1, 32, 32))  # (8, 1, 32, 32)
     eps_theta = perfect_model(schedule, training)(x_t, t)  # (8, 1, 32, 32)

@@ -21,11 +21,11 @@ def train(flags, run, folder="/volume", script="/root/train.py"):
     from train import set_aside
 
     folder, call = Path(folder), Path(folder, "run.txt")
-    if not call.exists() or call.read_text() != run:  # or else Modal repeats an interrupted call
+    if not call.exists() or call.read_text() != run:
         if "--resume" not in flags:
-            set_aside(folder)
+            set_aside(folder, run)
         call.write_text(run)
-    if (folder / "latest.pt").exists():
+    elif (folder / "latest.pt").exists():  # Modal repeats a call that was interrupted
         flags = [*flags, "--resume"]
     words = [sys.executable, script, *flags, "--checkpoints", "."]
     return subprocess.run(words, cwd=folder, check=False).returncode

@@ -47,8 +47,7 @@ def reading(path):
     try:
         yield
     except Exception as e:  # noqa: BLE001, a foreign file can be wrong in any way
-        cause = repr(e) if len(repr(e)) < 200 else f"{e!r:.120} ... {repr(e)[-80:]}"
-        sys.exit(f"error: cannot use {path} as a checkpoint of train.py: {cause}")
+        sys.exit(f"error: cannot use {path} as a checkpoint of train.py: {e!r:.200}")
 
 
 def save_process(path, stops):
@@ -65,10 +64,10 @@ def save_process(path, stops):
 
 
 def print_score(x, model, schedule, flags):
-    """Prints how many samples x are right and how many copies, as of new pictures, and the bound."""
+    """Prints how many of the samples x, and of new pictures, are right or copies; the bound."""
     terms = 4 * (schedule.T - 1)
-    training = shapes.to_model(shapes.make_dataset(flags["samples"], flags["seed"]))
-    new = shapes.to_model(shapes.make_dataset(max(len(x), terms), [flags["seed"], 2]))
+    training = shapes.make_dataset(flags["samples"], flags["seed"])
+    new = shapes.make_dataset(max(len(x), terms), [flags["seed"], 2])
     for name, pictures in (("samples", x), ("new pictures", new[: len(x)])):
         right, copies = shapes.score(pictures, training)
         print(f"{len(x)} {name}: {right:.1%} right, {copies:.1%} copies of training pictures")
@@ -107,8 +106,7 @@ def main(argv, network=ddpm.UNet):
         if args.process and i in shown:
             times = torch.full((args.n,), t, device=x.device)  # (n,)
             x_0_hat = ddpm.predict_x_0(schedule, x, times, model(x, times))  # x itself at t = 0
-            stops.append((t, x.cpu(), x_0_hat.cpu()))
-    x = x.cpu()  # x_0: (n, C, H, W)
+            stops.append((t, x, x_0_hat))
     if args.score:
         return print_score(x, model, schedule, flags)
     if args.process:

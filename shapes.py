@@ -45,11 +45,6 @@ def mirror_images(picture):
         yield from (a, a[::-1], a[:, ::-1], a[::-1, ::-1])
 
 
-def key(mask):
-    """What a mask is looked up by: its size and its pixels."""
-    return mask.shape, mask.tobytes()
-
-
 SIDES = (8, 12, 16)
 made = [("circle", circle(diameter)) for diameter in SIDES]
 made += [("rectangle", np.ones((height, width), bool)) for height in SIDES for width in SIDES]
@@ -57,11 +52,12 @@ made += [("triangle", triangle(height, rise)) for height, rise in ((8, 1), (12, 
 made += [("line", np.ones((GRID, length), bool)) for length in range(12, SIZE + 1, GRID)]
 made += [("line", diagonal(length)) for length in range(8, 25, GRID)]
 
-CATALOGUE, KIND_OF = {kind: [] for kind in KINDS}, {}  # all mirror images, each mask once
+CATALOGUE = {kind: [] for kind in KINDS}  # all mirror images, each mask once
+KIND_OF = {}  # of a mask, looked up by its size and pixels
 for kind, mask in made:
     for image in mirror_images(mask):
-        if key(image) not in KIND_OF:
-            KIND_OF[key(image)] = kind
+        if (image.shape, image.tobytes()) not in KIND_OF:
+            KIND_OF[image.shape, image.tobytes()] = kind
             CATALOGUE[kind].append(image)
 
 # ==== 2. The data, for the model and for people ===================================================
@@ -91,23 +87,17 @@ def draw_picture(kinds, rng):
 
 
 def make_dataset(n, seed):
-    """n pictures, uint8 (n, 32, 32), background 0 and shape 1. seed: as for default_rng.
+    """n pictures, float32 (n, 1, 32, 32), background -1 and shape 1. seed: as for default_rng.
 
-    36 % have one shape, 48 % two and 16 % three, each of a kind drawn uniformly. If they do not fit,
-    all but the kinds is drawn again, so where there are three, small ones are more frequent.
+    36 % have one shape, 48 % two and 16 % three, each of a kind drawn uniformly. If they do not
+    fit, all but the kinds is drawn again, so where there are three, small ones are more frequent.
     """
-    rng = np.random.default_rng(seed)
-    pictures = np.zeros((n, SIZE, SIZE), dtype=np.uint8)
-    for i in range(n):
+    rng, x = np.random.default_rng(seed), -torch.ones(n, 1, SIZE, SIZE)
+    for picture in x:
         number = 1 + rng.binomial(2, 0.4)
         kinds = [KINDS[k] for k in rng.integers(len(KINDS), size=number)]
-        pictures[i] = draw_picture(kinds, rng)
-    return pictures
-
-
-def to_model(pictures):
-    """0/1 pictures (n, 32, 32) -> float32 (n, 1, 32, 32), background -1 and shape +1."""
-    return torch.from_numpy(pictures.astype(np.float32))[:, None] * 2 - 1
+        picture[:, draw_picture(kinds, rng)] = 1
+    return x
 
 
 def load_pictures(folder):
@@ -146,7 +136,7 @@ def tile(x, columns=8, titles=()):
     as one Pillow image."""
     zoom = max(1, 128 // max(x.shape[2:]))
     x = F.interpolate(x.clamp(-1, 1), scale_factor=zoom).expand(-1, 3, -1, -1)  # (n, 3, h, w)
-    x = ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()  # (n, h, w, 3)
+    x = ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (n, h, w, 3)
     h, w, top, columns = x.shape[1] + 2, x.shape[2] + 2, 24 * bool(titles), min(columns, len(x))
     sheet = Image.new("RGB", (w * columns, top + h * -(-len(x) // columns)), "gray")
     for i, title in enumerate(titles):
@@ -171,7 +161,7 @@ def explain(picture):
         blob = (label[0] == n).numpy()
         rows, columns = blob.any(1).nonzero()[0], blob.any(0).nonzero()[0]
         cut = blob[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        found.append((KIND_OF.get(key(cut)), blob))
+        found.append((KIND_OF.get((cut.shape, cut.tobytes())), blob))
     return found
 
 
@@ -181,7 +171,7 @@ def score(x, training):
     Right: one to three legal shapes that do not touch, and nothing else. A copy is equal to one of
     the training pictures, perhaps turned or mirrored.
     """
-    pictures = (x[:, 0] > 0).numpy()  # (n, 32, 32)
+    pictures = (x[:, 0] > 0).cpu().numpy()  # (n, 32, 32)
     known = {picture.tobytes() for picture in (training[:, 0] > 0).numpy()}
     found = [[kind for kind, _ in explain(picture)] for picture in pictures]
     right = [1 <= len(kinds) <= 3 and None not in kinds for kinds in found]
@@ -192,7 +182,7 @@ def score(x, training):
 def coloured(x):
     """Pictures of shapes in colour, (n, 3, 32, 32): blobs in COLOURS, red if in no catalogue."""
     images = -torch.ones(len(x), 3, SIZE, SIZE)
-    for image, picture in zip(images, (x[:, 0] > 0).numpy()):
+    for image, picture in zip(images, (x[:, 0] > 0).cpu().numpy()):
         for kind, blob in explain(picture):
             colour = COLOURS[KINDS.index(kind)] if kind else (1, -1, -1)
             image[:, blob] = torch.tensor(colour)[:, None].float()
@@ -201,6 +191,6 @@ def coloured(x):
 
 if __name__ == "__main__":
     try:
-        tile(coloured(to_model(make_dataset(32, seed=0)))).save("shapes.png")
+        tile(coloured(make_dataset(32, seed=0))).save("shapes.png")
     except OSError as e:
         sys.exit(f"error: {e}")

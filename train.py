@@ -44,16 +44,15 @@ def rate(step):
     return min((step + 1) / 500, 1, 2000 / (step + 1))
 
 
-def set_aside(folder):
-    """Moves the files of an older run, if there is one, to a folder of their own."""
-    if not any((folder / name).exists() for name in ("latest.pt", "best.pt")):
-        return
-    aside = folder / time.strftime(f"before_%Y-%m-%d_%H-%M-%S_{time.time_ns() % 10**6}")
-    aside.mkdir()
-    for name in ("best.pt", "loss.png", "data.png", "samples_*.png", "latest.pt"):
-        for file in folder.glob(name):
-            file.rename(aside / file.name)
-    print(f"the files of an older run are now in {aside}", flush=True)
+def set_aside(folder, run):
+    """Moves the files of an older run, if there is one, to a folder named after the new run."""
+    if (folder / "latest.pt").exists() or (folder / "best.pt").exists():
+        aside = folder / f"before_{run}"
+        aside.mkdir()
+        for name in ("best.pt", "loss.png", "data.png", "samples_*.png", "latest.pt"):
+            for file in folder.glob(name):
+                file.rename(aside / file.name)
+        print(f"the files of an older run are now in {aside}", flush=True)
 
 
 def save(path, state):
@@ -86,27 +85,29 @@ def main(argv, network=ddpm.UNet):
     from matplotlib.figure import Figure  # not above: it looks at MPLBACKEND, see below
 
     args = parse(argv)
-    latest, losses = args.checkpoints / "latest.pt", []
+    latest = args.checkpoints / "latest.pt"
     run = time.strftime(f"%Y-%m-%d_%H-%M-%S_{os.getpid()}")  # two may begin in one second
     flags = {key: getattr(args, key) for key in ("data", "samples", "batch_size", "lr", "seed")}
+    state = {"flags": flags, "run": run, "losses": [], "shape": None, "beta": ddpm.BETA}
     if args.resume:
         with sample.reading(latest):
             saved = torch.load(latest, map_location="cpu", weights_only=True)
-            flags, losses, shape, run = (saved[k] for k in ("flags", "losses", "shape", "run"))
+            state = {key: saved[key] for key in state}
+    flags, losses = state["flags"], state["losses"]
     flags["epochs"] = args.epochs or flags.get("epochs", 100)
     if len(losses) >= flags["epochs"]:
         return print(f"all {len(losses)} epochs are done; --epochs asks for more")
     if flags["data"]:
         data = shapes.load_pictures(flags["data"])
     else:
-        data = shapes.to_model(shapes.make_dataset(flags["samples"], flags["seed"]))
-    if args.resume and data.shape != (flags["pictures"], *shape):
+        data = shapes.make_dataset(flags["samples"], flags["seed"])
+    if args.resume and data.shape != (flags["pictures"], *state["shape"]):
         sys.exit(f"error: {flags['data']} has other pictures than {latest} has seen")
-    flags["pictures"], shape = len(data), tuple(data.shape[1:])
+    flags["pictures"], state["shape"] = len(data), tuple(data.shape[1:])
 
     torch.manual_seed(flags["seed"])
-    schedule = ddpm.Schedule(device=args.device)
-    model = network(channels=shape[0]).to(args.device, memory_format=torch.channels_last)  # faster
+    schedule = ddpm.Schedule(state["beta"], args.device)
+    model = network(channels=data.shape[1]).to(args.device, memory_format=torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False).eval()
     # BEYOND THE PAPER, where betas[1] is 0.999: Adam forgets large gradients sooner.
     optimizer = torch.optim.Adam(model.parameters(), flags["lr"], betas=(0.9, 0.99), fused=True)
@@ -118,29 +119,25 @@ def main(argv, network=ddpm.UNet):
                 part.load_state_dict(saved[name])
 
     args.checkpoints.mkdir(parents=True, exist_ok=True)
-    writer = SummaryWriter(args.logs / run)
+    writer = SummaryWriter(args.logs / state["run"])
     if not args.resume:
-        set_aside(args.checkpoints)
+        set_aside(args.checkpoints, run)
     shapes.tile(data[:64], columns=16).save(args.checkpoints / "data.png")
     print(f"{len(losses)} epochs are done, on {args.device}, {flags}", flush=True)
     for epoch in range(len(losses) + 1, flags["epochs"] + 1):
         losses.append(train_epoch(*parts.values(), schedule, data, flags, epoch))
         if not math.isfinite(losses[-1]):
             sys.exit(f"error: the loss of epoch {epoch} is not finite; begin anew, with less --lr")
-        state = {"flags": flags, "run": run, "losses": losses, "shape": shape}
-        state["beta"] = schedule.beta[1:].cpu()
         if losses[-1] == min(losses):
             half = copy.deepcopy(average).half().state_dict()
             save(args.checkpoints / "best.pt", {**state, "average": half})
         save(latest, {**state, **{name: part.state_dict() for name, part in parts.items()}})
-
         print(f"epoch {epoch}: loss {losses[-1]:.4g}", flush=True)
         writer.add_scalar("loss", losses[-1], epoch)
         if epoch % 5 == 0 or epoch == flags["epochs"]:
             torch.manual_seed(0)  # so that the same noise becomes better pictures
-            x_T = torch.randn(64, *shape).to(args.device)
+            x_T = torch.randn(64, *state["shape"]).to(args.device)
             *_, (_, x_0) = ddpm.ddim(average, schedule, x_T, steps=20, eta=1)
-            x_0 = x_0.cpu()
             sheet = shapes.tile(x_0, columns=16)
             sheet.save(args.checkpoints / f"samples_{epoch:04d}.png")
             writer.add_image("samples", np.asarray(sheet), epoch, dataformats="HWC")

@@ -39,8 +39,8 @@ That is two algorithms, printed here as in the paper:
     z, σ_t   z, sigma             the fresh noise of a step back, and its standard deviation
 
 The paper is Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", 2020 (arXiv
-2006.11239); the numbers of equations are its own. Pictures are float32 (B, C, H, W) in [-1, 1]: B
-in a batch, C channels, H x W pixels. A line that changes a tensor's shape ends with the new shape.
+2006.11239); equations are numbered as there. Pictures are float32 (B, C, H, W) in [-1, 1]: B
+pictures, C channels, H x W pixels. A line that changes a tensor's shape ends with the new shape.
 `python ddpm.py` runs both algorithms on a single pixel, and saves pixel.png and forward.png.
 """
 
@@ -73,7 +73,7 @@ from torch import nn
 #
 # where ε mixes ε_1, ..., ε_t. At t = T less than a hundredth of x_0 is left, so sampling can start
 # from pure noise; at t = 500 it could not (forward.png, upper row). The β_t are chosen by hand:
-# small at first, when a little noise already hides a detail.
+# small at first, so that the last steps back are fine.
 BETA = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # β_1, ..., β_T of the paper: (T,)
 
 
@@ -105,16 +105,16 @@ def q_sample(schedule, x_0, t, eps):
 
 # ==== 2. Training: Algorithm 1 ====================================================================
 # The network sees x_t and t, and guesses ε (noise prediction). Its loss is the squared error of the
-# guess (Eq. 14), as a mean over all t; one t for each picture, drawn at random, is enough. Our
-# U-Net at first guesses 0, so the loss begins at 1, the variance of ε.
+# guess (Eq. 14), averaged over all t: each picture gets one t, drawn at random. Our U-Net at first
+# guesses 0, so the loss begins at 1, the variance of ε.
 #
 # Many pictures could be behind the same x_t, and the network cannot know which one it was. The
 # guess with the least squared error, which it approaches, is an average: the mean of ε over all of
 # these pictures, each counted by its probability. (Section 5 proves it.)
 #
 # BEYOND THE PAPER, our one change to the algorithms: there, all t are equally likely, and draw_t
-# would `return a`. Here middle t come more often, for they decide what our pictures show: at small
-# t it can be seen in x_t, at large t nobody could know. The best guess stays the same.
+# would `return a`. Here middle t come more often: at small t, what a picture shows is plain to see
+# in x_t, and at large t it is lost. The best guess at each t stays the same.
 def draw_t(n, T, generator=None):
     """Line 3 of Algorithm 1: int64 (n,), each from 1 to T. generator: on the CPU."""
     a, b = torch.randint(1, T + 1, (2, n), generator=generator)  # (n,) each
@@ -146,7 +146,7 @@ def algorithm_1(model, schedule, optimizer, x_0, generator=None):
 #
 #     factor, for t > 1    its centre, as a function of x_{t-1}   its variance
 #     q(x_{t-1} | x_0)     √ᾱ_{t-1} x_0                           1 - ᾱ_{t-1}
-#     q(x_t | x_{t-1})     x_t / √α_t                             β_t / α_t   (√α_t taken out)
+#     q(x_t | x_{t-1})     x_t / √α_t                             β_t / α_t   (divided by √α_t)
 #
 # A product of two Gaussians is a Gaussian. Its 1/variance is the sum of theirs, and its centre is
 # the average of theirs, weighted by 1/variance. With β_t + α_t (1 - ᾱ_{t-1}) = 1 - ᾱ_t this gives
@@ -163,18 +163,18 @@ def predict_x_0(schedule, x_t, t, eps_theta):
 
 
 # Such a guess is a mean of many pictures, and may look like none of them. But μ̃_t is linear in x_0:
-# it takes the mean of x_0 to the mean of x_{t-1}. In terms of ε_θ its factors are
+# it takes the mean of x_0 to the mean of x_{t-1}. Put x̂_0 in, and its factors become
 #
 #     of ε_θ:  - √ᾱ_{t-1} β_t/(1 - ᾱ_t) √(1 - ᾱ_t)/√ᾱ_t  =  - β_t/√(1 - ᾱ_t) / √α_t
 #     of x_t:  (β_t/√α_t + √α_t (1 - ᾱ_{t-1})) / (1 - ᾱ_t)  =  1/√α_t
 #
 #     μ_θ(x_t, t) = 1/√α_t (x_t - β_t/√(1 - ᾱ_t) ε_θ(x_t, t))                               (Eq. 11)
 #
-# A step back draws from a Gaussian around this mean: without noise, x_{t-1} would lack q's spread.
-# A Gaussian is exact if x_0 is known, and nearly so for short steps: so T is large.
+# A step back draws from a Gaussian around this mean: without z, x_{t-1} would vary too little. A
+# Gaussian is exact if x_0 is known, and nearly so for short steps: so T is large.
 #
 # How wide? σ_t² = β̃_t is right if there is only one picture, σ_t² = β_t if the data is N(0, I).
-# They differ mainly at small t, and did equally well in the paper (Section 3.2). We take β̃_t.
+# They differ mainly at small t, and did similarly well in the paper (Section 3.2). We take β̃_t.
 @torch.no_grad()
 def algorithm_2(model, schedule, x_T, generator=None):
     """Algorithm 2. Yields (t, x_t) for t = T, ..., 0: first x_T as given, last the samples x_0.
@@ -184,7 +184,7 @@ def algorithm_2(model, schedule, x_T, generator=None):
     yield schedule.T, x_t
     for t in range(schedule.T, 0, -1):  # line 2
         z = torch.randn(x_T.shape, generator=generator).to(x_T.device) if t > 1 else 0  # line 3
-        eps_theta = model(x_t, torch.full((len(x_T),), t, device=x_T.device))
+        eps_theta = model(x_t, torch.full((len(x_T),), t, device=x_T.device))  # t: (B,)
         mu_theta = (x_t - beta[t] / one_minus[t].sqrt() * eps_theta) / alpha[t].sqrt()  # Eq. 11
         sigma = (one_minus[t - 1] / one_minus[t] * beta[t]).sqrt()  # √β̃_t
         x_t = mu_theta + sigma * z  # line 4: x_t becomes x_{t-1}
@@ -204,7 +204,7 @@ def time_embedding(t, dim):
 
 
 def zero_init(layer):
-    """Starts a last layer at 0: a block then adds nothing at first, which is easier to train."""
+    """Starts a last layer at 0: the block adds nothing at first, and training is easier."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -233,7 +233,7 @@ class ResBlock(nn.Module):
 # a key and a value, vectors of d numbers, and receives a mean of all values, weighted by how well
 # its query matches their keys: softmax(q k^T / √d) v. Without √d, sums of d products would be so
 # large that a place sees almost only one. (In the code, places are columns of q, k and v, not
-# rows.) The cost grows with the square of their number, so larger pictures are averaged to 8x8.
+# rows.) M places cost M² weights, so larger pictures are averaged to 8x8 first.
 class Attention(nn.Module):
     """Self-attention with one head, added to its input: (B, C, H, W) -> (B, C, H, W)."""
 
@@ -258,7 +258,7 @@ class Attention(nn.Module):
 #
 #     32x32  stem -- down ------------------------------- up -- out
 #     16x16            down ----------------------- up
-#      8x8               down --------------- up        three blocks: shapes lie on this grid
+#      8x8               down --------------- up        three blocks: our shapes lie on an 8x8 grid
 #      4x4                  middle (512 channels)
 class Up(nn.Module):
     """One level on the way up: (B, c_below, h, w) and a skip (B, c, 2h, 2w) -> (B, c, 2h, 2w)."""
@@ -279,8 +279,8 @@ class Up(nn.Module):
 
 class UNet(nn.Module):
     """The network: x_t, (B, channels, H, W), and t, int64 (B,) -> eps_theta, as x_t. H, W and all
-    inner channels are multiples of 8: widths at full, half and quarter size, bottleneck at an
-    eighth, narrow in the blocks there."""
+    inner channels are multiples of 8. There are widths channels at full, half and quarter size, at
+    an eighth bottleneck, and narrow inside its blocks."""
 
     def __init__(self, channels=1, widths=(16, 32, 128), bottleneck=512, narrow=64, time_dim=128):
         super().__init__()
@@ -354,9 +354,9 @@ def perfect_model(schedule, pictures):
 # leads x_t to -1 or +1 (middle), and chance decides to which: at first x̂_0 is near 0, then z pushes
 # x_t to one side, and x̂_0 follows.
 #
-# MANY PIXELS. The pixels of a shape agree, so it is decided at larger t (forward.png). If the data
-# is the list of training pictures, the perfect network draws nothing else: the least training loss
-# means memorising. What is new in a trained network's samples, it could not learn by heart.
+# MANY PIXELS of a shape agree and outlast more noise: a shape is decided at larger t (forward.png).
+# If the data is the list of training pictures, the perfect network draws nothing else: least
+# training loss means memorising. A trained network draws new pictures as far as it is not perfect.
 
 
 # ==== 6. Fewer steps, and the score ===============================================================
@@ -373,7 +373,7 @@ def perfect_model(schedule, pictures):
 # in x̂_0, on which a long step relies. So x̂_0 is kept in [-1, 1], as in Ho's program.
 #
 # With η = 0 nothing is random but x_T, and with many steps a walk comes near the solution of an
-# ordinary differential equation (ODE). Mostly it stays on its side (pixel.png, right).
+# ordinary differential equation (ODE). Mostly x_t keeps its sign (pixel.png, right).
 @torch.no_grad()
 def ddim(model, schedule, x_T, steps, eta, generator=None):
     """DDIM in 1 to T steps, with eta from 0 (no fresh noise) to 1. For the rest see algorithm_2."""
@@ -392,9 +392,9 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
         yield s, x_t
 
 
-# THE SCORE ∇ log q(x_t) points to where x_t would be more likely. Other texts learn it, and follow
-# it in small steps, with noise (Langevin dynamics). It is the best guess of ε but for a factor:
-# write ∇q as q ∇ log q in q(x_t) = ∫ q(x_t | x_0) q(x_0), then
+# THE SCORE ∇ log q(x_t) points to where x_t would be more likely. Other papers learn it, and follow
+# it in small noisy steps (Langevin dynamics). It is the best guess of ε but for a factor: take ∇ of
+# q(x_t) = ∫ q(x_t | x_0) q(x_0), with ∇q = q ∇ log q,
 #
 #     ∇ log q(x_t) = E[∇ log q(x_t | x_0)] = -E[ε] / √(1 - ᾱ_t)            with the E of section 5
 
@@ -416,7 +416,7 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 #
 #     q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0)         for t > 1
 #
-# Of the fractions, the product leaves q(x_T | x_0) / q(x_1 | x_0). Times q(x_1 | x_0), for t = 1:
+# In the product over t > 1 the fractions leave q(x_T | x_0) / q(x_1 | x_0). Times q(x_1 | x_0),
 #
 #     q(x_1, ..., x_T | x_0) = q(x_T | x_0) Π_{t>1} q(x_{t-1} | x_t, x_0)
 #     L = E_q[ KL(q(x_T | x_0) ‖ p(x_T))                                        L_T
@@ -430,13 +430,13 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 #             = E_q[ ᾱ_{t-1} β_t / (2 (1 - ᾱ_{t-1}) (1 - ᾱ_t)) ‖x_0 - x̂_0‖² ]          by Eq. 7
 #             = E_q[ (SNR(t-1) - SNR(t))/2 ‖x_0 - x̂_0‖² ]     as ᾱ_{t-1} β_t = ᾱ_{t-1} - ᾱ_t
 #
-# So by section 5 each term is the loss of section 2, times a weight, which is largest at small t.
-# Algorithm 1 drops it. The best guess remains the same, but the effort goes to where pictures take
-# shape. The bound gets worse and the samples better (Ho, Table 1).
+# So by section 5, L_{t-1} is the loss of section 2 at t, times a weight, largest at small t.
+# Algorithm 1 drops the weight. The best guess remains the same, but the effort goes to where
+# pictures take shape. The bound gets worse and the samples better (Ho, Table 1).
 #
 # With pixels of ±1 the two other terms are almost 0, and bound leaves them out: L_T has no θ, and
-# in L_0 only the sign counts (Eq. 13, with σ_1² = β_1, as β̃_1 = 0 would give no density). In bits,
-# L is the length of an ideal code for x_0: for one pixel, at least 1 bit.
+# L_0 asks only for the sign (Eq. 13, with σ_1² = β_1, as β̃_1 = 0 would give no density). In bits, L
+# is the length of a code for x_0: for one pixel at least 1, on average.
 @torch.no_grad()
 def bound(model, schedule, x_0, generator=None):
     """L_{t-1} (Eq. 8) at index t > 1, in bits a picture: float32 (T + 1,). x_0: (n, C, H, W); n: a
@@ -473,7 +473,7 @@ if __name__ == "__main__":
 
     figure = Figure(figsize=(12, 3), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    x_0, eps = pixel.repeat(1000, 1, 1, 1), torch.randn(2000, 1, 1, 1)
+    x_0, eps = pixel.repeat(1000, 1, 1, 1), torch.randn(2000, 1, 1, 1)  # (2000, 1, 1, 1) each
     times = torch.arange(1, T + 1)[:, None].expand(-1, 2000)  # (T, 2000)
     for name, model in (("tiny", tiny), ("perfect", perfect_model(schedule, pixel))):
         loss = [F.mse_loss(model(q_sample(schedule, x_0, t, eps), t), eps).item() for t in times]

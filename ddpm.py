@@ -58,7 +58,7 @@ from torch import nn
 #     q(x_t | x_{t-1}) = N(x_t; √(1 - β_t) x_{t-1}, β_t I)                                   (Eq. 2)
 #
 # where N(x; mean, variance) is the density of a Gaussian at x. Why shrink? So that x_0 fades and
-# nothing grows: our pixels are -1 or +1, with mean square 1, which stays (1 - β_t) + β_t = 1.
+# nothing grows: our pixels are -1 or +1, and their mean square, 1, becomes (1 - β_t) + β_t = 1.
 #
 # To reach x_t we need not walk. A sum of independent Gaussians is a Gaussian, and their variances
 # add up. So, with α_t = 1 - β_t, two steps are one:
@@ -80,7 +80,7 @@ BETA = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # β_1, ..., β_T 
 class Schedule:
     """Holds T and the tables beta, alpha, alpha_bar, one_minus_alpha_bar: float32 (T + 1,), indexed
     by the paper's t, with alpha_bar[0] = 1. beta: β_1, ..., β_T, float (T,), between 0 and 1.
-    Computed in float64, as in float32 a 1 - alpha_bar near 0 loses digits."""
+    Computed in float64: float32 loses digits of 1 - alpha_bar near 0."""
 
     def __init__(self, beta=BETA, device="cpu"):
         self.T = len(beta)
@@ -109,8 +109,8 @@ def q_sample(schedule, x_0, t, eps):
 # guesses 0, so the loss begins at 1, the variance of ε.
 #
 # Many pictures could be behind the same x_t, and the network cannot know which one it was. The
-# guess with the least squared error, which it approaches, is an average: the mean of ε over all of
-# these pictures, each counted by its probability. (Section 5 proves it.)
+# guess with the least squared error, its goal, is an average: the mean of ε over all of these
+# pictures, each counted by its probability. (Section 5 proves it.)
 #
 # BEYOND THE PAPER, our one change to the algorithms: there, all t are equally likely, and draw_t
 # would `return a`. Here middle t come more often: at small t, what a picture shows is plain to see
@@ -146,11 +146,11 @@ def algorithm_1(model, schedule, optimizer, x_0, generator=None):
 #
 #     factor, for t > 1    its centre, as a function of x_{t-1}   its variance
 #     q(x_{t-1} | x_0)     √ᾱ_{t-1} x_0                           1 - ᾱ_{t-1}
-#     q(x_t | x_{t-1})     x_t / √α_t                             β_t / α_t   (divided by √α_t)
+#     q(x_t | x_{t-1})     x_t / √α_t                             β_t / α_t   (Eq. 2 over √α_t)
 #
-# A product of two Gaussians is a Gaussian. Its 1/variance is the sum of theirs, and its centre is
-# the average of theirs, weighted by 1/variance. With β_t + α_t (1 - ᾱ_{t-1}) = 1 - ᾱ_t this gives
-# the posterior mean and variance of x_{t-1}:
+# Multiply them: exponents add up, so this is a Gaussian again. Its 1/variance is the sum of theirs,
+# its centre is their average, weighted by 1/variance. With β_t + α_t (1 - ᾱ_{t-1}) = 1 - ᾱ_t this
+# gives the posterior mean and variance of x_{t-1}:
 #
 #     μ̃_t(x_t, x_0) = √ᾱ_{t-1} β_t/(1 - ᾱ_t) x_0 + √α_t (1 - ᾱ_{t-1})/(1 - ᾱ_t) x_t          (Eq. 7)
 #     β̃_t = (1 - ᾱ_{t-1})/(1 - ᾱ_t) β_t
@@ -170,8 +170,8 @@ def predict_x_0(schedule, x_t, t, eps_theta):
 #
 #     μ_θ(x_t, t) = 1/√α_t (x_t - β_t/√(1 - ᾱ_t) ε_θ(x_t, t))                               (Eq. 11)
 #
-# A step back draws from a Gaussian around this mean: without z, x_{t-1} would vary too little. A
-# Gaussian is exact if x_0 is known, and nearly so for short steps: so T is large.
+# A step back draws from a Gaussian around this mean: without z, x_{t-1} would vary too little. That
+# is exact if x_0 is known, else (no proof) nearly so for short steps: so T is large.
 #
 # How wide? σ_t² = β̃_t is right if there is only one picture, σ_t² = β_t if the data is N(0, I).
 # They differ mainly at small t, and did similarly well in the paper (Section 3.2). We take β̃_t.
@@ -253,13 +253,13 @@ class Attention(nn.Module):
 
 
 # THE U-NET, smaller and simpler than the paper's, goes down to an eighth of the size, where it sees
-# the whole picture, and up again. A skip connection hands each level up what it had on the way
+# the whole picture, and up again. Going up, skip connections hand each level what it had going
 # down: the bottom tells what is in the picture, the skips exactly where.
 #
 #     32x32  stem -- down ------------------------------- up -- out
 #     16x16            down ----------------------- up
-#      8x8               down --------------- up        three blocks: our shapes lie on an 8x8 grid
-#      4x4                  middle (512 channels)
+#      8x8               down --------------- up        three blocks: shapes.py draws on an 8x8 grid
+#      4x4                  middle (512 channels)        attention here and in each up
 class Up(nn.Module):
     """One level on the way up: (B, c_below, h, w) and a skip (B, c, 2h, 2w) -> (B, c, 2h, 2w)."""
 
@@ -279,8 +279,8 @@ class Up(nn.Module):
 
 class UNet(nn.Module):
     """The network: x_t, (B, channels, H, W), and t, int64 (B,) -> eps_theta, as x_t. H, W and all
-    inner channels are multiples of 8. There are widths channels at full, half and quarter size, at
-    an eighth bottleneck, and narrow inside its blocks."""
+    inner channels are multiples of 8. Channels: widths at full, half and quarter size, bottleneck
+    at an eighth, and narrow inside its blocks."""
 
     def __init__(self, channels=1, widths=(16, 32, 128), bottleneck=512, narrow=64, time_dim=128):
         super().__init__()
@@ -311,8 +311,8 @@ class UNet(nn.Module):
         return self.out(F.silu(self.norm(x)))  # eps_theta: (B, channels, H, W)
 
 
-# This is the whole method. (train.py draws its samples with an average of the weights, and in fewer
-# steps, by ddim of section 6.) Go and train, and come back to ask why it works.
+# This is the whole method. (train.py draws samples with an average of the weights, in fewer steps,
+# by ddim of section 6.) Go and train, and come back to ask why it works.
 
 
 # ######## PART II, LOOKING DEEPER: why it works, fewer steps, and where the loss comes from #######
@@ -354,26 +354,26 @@ def perfect_model(schedule, pictures):
 # leads x_t to -1 or +1 (middle), and chance decides to which: at first x̂_0 is near 0, then z pushes
 # x_t to one side, and x̂_0 follows.
 #
-# MANY PIXELS of a shape agree and outlast more noise: a shape is decided at larger t (forward.png).
+# MANY PIXELS that agree outlast more noise than one: a shape is decided at larger t (forward.png).
 # If the data is the list of training pictures, the perfect network draws nothing else: least
-# training loss means memorising. A trained network draws new pictures as far as it is not perfect.
+# training loss means memorising. A trained network draws new ones only as far as it is imperfect.
 
 
 # ==== 6. Fewer steps, and the score ===============================================================
 # Song, Meng & Ermon, "Denoising Diffusion Implicit Models" (DDIM, 2021, arXiv 2010.02502), noticed
 # that the loss knows q(x_t | x_0) and nothing of the path between. So the same network can jump
-# from t to any earlier s: guess x_0 and ε, and mix them anew as Eq. 4 does at s. A part σ² of the
-# noise may be fresh (their Eq. 12 and 16, with α for ᾱ):
+# from t to any earlier s: guess x_0 and ε, and mix them anew as Eq. 4 does at s. Of the noise, the
+# variance σ² may be fresh (their Eq. 12 and 16, with α for ᾱ):
 #
 #     x_s = √ᾱ_s x̂_0 + √(1 - ᾱ_s - σ²) ε_θ + σ z
 #     σ²  = η² (1 - ᾱ_s)/(1 - ᾱ_t) (1 - ᾱ_t/ᾱ_s)
 #
-# The variances of the two noises add up to 1 - ᾱ_s, as in Eq. 4. With η = 1 and s = t - 1, σ² is
+# The squared factors of ε_θ and z add up to 1 - ᾱ_s, as in Eq. 4. With η = 1 and s = t - 1, σ² is
 # β̃_t and this is Algorithm 2. Only the clip is new: at t = T an error of ε_θ is 157 times as large
 # in x̂_0, on which a long step relies. So x̂_0 is kept in [-1, 1], as in Ho's program.
 #
-# With η = 0 nothing is random but x_T, and with many steps a walk comes near the solution of an
-# ordinary differential equation (ODE). Mostly x_t keeps its sign (pixel.png, right).
+# With η = 0 nothing is random but x_T, and a step is an Euler step of an ordinary differential
+# equation (ODE) for x_t/√ᾱ_t, with slope ε_θ. Mostly x_t keeps its sign (pixel.png, right).
 @torch.no_grad()
 def ddim(model, schedule, x_T, steps, eta, generator=None):
     """DDIM in 1 to T steps, with eta from 0 (no fresh noise) to 1. For the rest see algorithm_2."""
@@ -435,8 +435,8 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 # pictures take shape. The bound gets worse and the samples better (Ho, Table 1).
 #
 # With pixels of ±1 the two other terms are almost 0, and bound leaves them out: L_T has no θ, and
-# L_0 asks only for the sign (Eq. 13, with σ_1² = β_1, as β̃_1 = 0 would give no density). In bits, L
-# is the length of a code for x_0: for one pixel at least 1, on average.
+# L_0 asks only for the sign (Eq. 13 with two levels; σ_1² = β_1, as β̃_1 = 0 has no density). In
+# bits, the mean of L is at least the entropy of the data: for one pixel, 1.
 @torch.no_grad()
 def bound(model, schedule, x_0, generator=None):
     """L_{t-1} (Eq. 8) at index t > 1, in bits a picture: float32 (T + 1,). x_0: (n, C, H, W); n: a

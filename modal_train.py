@@ -1,5 +1,4 @@
-"""Trains on an A100 at modal.com: modal run modal_train.py, with the flags of train.py. With
-modal run --detach modal_train.py your machine may be switched off meanwhile."""
+"""Trains on an A100 at modal.com: modal run modal_train.py, with the flags of train.py."""
 
 import subprocess
 import sys
@@ -27,8 +26,7 @@ def train(flags, run, folder="/volume", script="/root/train.py"):
         call.write_text(run)
     elif (folder / "latest.pt").exists():  # Modal repeats a call that was interrupted
         flags = [*flags, "--resume"]
-    words = [sys.executable, script, *flags, "--checkpoints", "."]
-    return subprocess.run(words, cwd=folder, check=False).returncode
+    return subprocess.call([sys.executable, script, *flags, "--checkpoints", "."], cwd=folder)
 
 
 @app.local_entrypoint()

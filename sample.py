@@ -3,7 +3,6 @@ with --explain or --score whether they are right."""
 
 import argparse
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,11 +40,14 @@ def parse(argv):
     return args
 
 
-@contextmanager
-def reading(path):
-    """Whatever is wrong with the checkpoint at path ends the program with one line."""
+def load(path, network, weights="average"):
+    """The checkpoint at path, and the network with these weights of it. Whatever is wrong with the
+    file ends the program with one line."""
     try:
-        yield
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        model = network(channels=saved["shape"][0])
+        model.load_state_dict(saved[weights])
+        return saved, model
     except Exception as e:  # noqa: BLE001, a foreign file can be wrong in any way
         sys.exit(f"error: cannot use {path} as a checkpoint of train.py: {e!r:.200}")
 
@@ -65,29 +67,24 @@ def save_process(path, stops):
 
 def print_score(x, model, schedule, flags):
     """Prints how many of the samples x, and of new pictures, are right or copies; the bound."""
-    terms = 4 * (schedule.T - 1)
     training = shapes.make_dataset(flags["samples"], flags["seed"])
-    new = shapes.make_dataset(max(len(x), terms), [flags["seed"], 2])
-    for name, pictures in (("samples", x), ("new pictures", new[: len(x)])):
-        right, copies = shapes.score(pictures, training)
-        print(f"{len(x)} {name}: {right:.1%} right, {copies:.1%} copies of training pictures")
+    new = shapes.make_dataset(4 * (schedule.T - 1), [flags["seed"], 2])
+    for name, some in (("samples", x), ("new pictures", new[: len(x)])):
+        right, copies = shapes.score(some, training)
+        print(f"{len(some)} {name}: {right:.1%} right, {copies:.1%} copies of training pictures")
     torch.manual_seed(0)
-    parts = new[:terms].to(schedule.beta.device).split(schedule.T - 1)
+    parts = new.to(schedule.beta.device).split(schedule.T - 1)
     bits = torch.stack([ddpm.bound(model, schedule, part).sum() for part in parts])  # (4,)
-    print(f"bound: {bits.mean():.0f} ± {bits.std() / 2:.0f} bits a picture ({terms} new pictures)")
+    print(f"bound: {bits.mean():.0f} ± {bits.std() / 2:.0f} bits a picture ({len(new)} new ones)")
 
 
 def main(argv, network=ddpm.UNet):
     args = parse(argv)
     path = args.checkpoint or (TRAINED if TRAINED.exists() else PRETRAINED)
-    with reading(path):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        shape, flags, epoch = saved["shape"], saved["flags"], len(saved["losses"])
-        schedule = ddpm.Schedule(saved["beta"], args.device)
-        model = network(channels=shape[0]).requires_grad_(False).eval()
-        model.load_state_dict(saved["average"])
-    model.to(args.device)
-    print(f"{path}, epoch {epoch}, on {args.device}")
+    saved, model = load(path, network)
+    model.requires_grad_(False).eval().to(args.device)
+    schedule, flags = ddpm.Schedule(saved["beta"], args.device), saved["flags"]
+    print(f"{path}, epoch {len(saved['losses'])}, on {args.device}")
     if flags["data"] and (args.explain or args.score):
         sys.exit(f"error: {path} learned from {flags['data']}; --explain, --score are for shapes")
     if args.steps is None:
@@ -96,7 +93,7 @@ def main(argv, network=ddpm.UNet):
         sys.exit(f"error: --steps must be from 1 to {schedule.T}")
 
     generator = torch.Generator().manual_seed(args.seed)
-    x_T = torch.randn(args.n, *shape, generator=generator).to(args.device)
+    x_T = torch.randn(args.n, *saved["shape"], generator=generator).to(args.device)
     if args.steps == schedule.T and args.eta == 1:
         walk = ddpm.algorithm_2(model, schedule, x_T, generator)
     else:

@@ -52,13 +52,12 @@ made += [("triangle", triangle(height, rise)) for height, rise in ((8, 1), (12, 
 made += [("line", np.ones((GRID, length), bool)) for length in range(12, SIZE + 1, GRID)]
 made += [("line", diagonal(length)) for length in range(8, 25, GRID)]
 
-CATALOGUE = {kind: [] for kind in KINDS}  # all mirror images, each mask once
-KIND_OF = {}  # of a mask, looked up by its size and pixels
+masks = {kind: {} for kind in KINDS}  # all mirror images, by size and pixels, so each mask once
 for kind, mask in made:
     for image in mirror_images(mask):
-        if (image.shape, image.tobytes()) not in KIND_OF:
-            KIND_OF[image.shape, image.tobytes()] = kind
-            CATALOGUE[kind].append(image)
+        masks[kind][image.shape, image.tobytes()] = image
+CATALOGUE = {kind: list(masks[kind].values()) for kind in KINDS}
+KIND_OF = {key: kind for kind in KINDS for key in masks[kind]}  # key: the size and pixels of a mask
 
 # ==== 2. The data, for the model and for people ===================================================
 # - Shapes lie on a grid of 4 pixels, so a blurred or ragged edge is always wrong.
@@ -68,8 +67,7 @@ for kind, mask in made:
 
 def draw_picture(kinds, rng):
     """A picture with a shape of each of these kinds: bool (32, 32)."""
-    picture = np.zeros((SIZE, SIZE), dtype=bool)
-    taken = np.zeros((SIZE, SIZE), dtype=bool)  # the boxes around the shapes
+    picture, taken = np.zeros((2, SIZE, SIZE), dtype=bool)  # taken: the boxes around the shapes
     for kind in kinds:
         mask = CATALOGUE[kind][rng.integers(len(CATALOGUE[kind]))]
         h, w = mask.shape

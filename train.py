@@ -3,7 +3,6 @@ it learns from your pictures, with --resume it goes on after the last epoch that
 
 import argparse
 import copy
-import math
 import os
 import sys
 import time
@@ -48,7 +47,7 @@ def set_aside(folder, run):
     """Moves the files of an older run, if there is one, to a folder named after the new run."""
     if (folder / "latest.pt").exists() or (folder / "best.pt").exists():
         aside = folder / f"before_{run}"
-        aside.mkdir()
+        aside.mkdir(exist_ok=True)  # Modal may repeat a call that was interrupted here
         for name in ("best.pt", "loss.png", "data.png", "samples_*.png", "latest.pt"):
             for file in folder.glob(name):
                 file.rename(aside / file.name)
@@ -90,9 +89,7 @@ def main(argv, network=ddpm.UNet):
     flags = {key: getattr(args, key) for key in ("data", "samples", "batch_size", "lr", "seed")}
     state = {"flags": flags, "run": run, "losses": [], "shape": None, "beta": ddpm.BETA}
     if args.resume:
-        with sample.reading(latest):
-            saved = torch.load(latest, map_location="cpu", weights_only=True)
-            state = {key: saved[key] for key in state}
+        state, _ = sample.load(latest, network, "model")
     flags, losses = state["flags"], state["losses"]
     flags["epochs"] = args.epochs or flags.get("epochs", 100)
     if len(losses) >= flags["epochs"]:
@@ -114,9 +111,8 @@ def main(argv, network=ddpm.UNet):
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     parts = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}
     if args.resume:
-        with sample.reading(latest):
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
+        for name, part in parts.items():
+            part.load_state_dict(state.pop(name))
 
     args.checkpoints.mkdir(parents=True, exist_ok=True)
     writer = SummaryWriter(args.logs / state["run"])
@@ -126,7 +122,7 @@ def main(argv, network=ddpm.UNet):
     print(f"{len(losses)} epochs are done, on {args.device}, {flags}", flush=True)
     for epoch in range(len(losses) + 1, flags["epochs"] + 1):
         losses.append(train_epoch(*parts.values(), schedule, data, flags, epoch))
-        if not math.isfinite(losses[-1]):
+        if not np.isfinite(losses[-1]):
             sys.exit(f"error: the loss of epoch {epoch} is not finite; begin anew, with less --lr")
         if losses[-1] == min(losses):
             half = copy.deepcopy(average).half().state_dict()
@@ -142,8 +138,7 @@ def main(argv, network=ddpm.UNet):
             sheet.save(args.checkpoints / f"samples_{epoch:04d}.png")
             writer.add_image("samples", np.asarray(sheet), epoch, dataformats="HWC")
             if not flags["data"]:
-                right, _ = shapes.score(x_0, data)
-                print(f"of 64 samples {right:.0%} are right", flush=True)
+                print(f"of 64 samples {shapes.score(x_0, data)[0]:.0%} are right", flush=True)
         writer.flush()
         axes = Figure(figsize=(6, 3), layout="constrained").subplots()
         axes.semilogy(range(1, epoch + 1), losses, ".-")

@@ -329,8 +329,7 @@ class UNet(nn.Module):
 # The middle term vanishes, as E[x_0 - m] = m - m = 0, and the first does not depend on c. So the
 # best guess is c = m: at large t a grey blur, the smaller t, the sharper (forward.png).
 #
-# If the data is a list of pictures, all equally likely, m needs no training. Bayes' rule gives the
-# probability w_i that picture i is behind x_t:
+# If the data is a list of equally likely pictures, Bayes' rule gives w_i, the probability of each:
 #
 #     w_i  ∝  q(x_t | picture_i)  ∝  exp(-‖x_t - √ᾱ_t picture_i‖² / (2 (1 - ᾱ_t)))
 #     m = Σ_i w_i picture_i                                   with Σ_i w_i = 1: that is the softmax
@@ -458,6 +457,7 @@ if __name__ == "__main__":
 
     # One pixel: a tiny network learns it by Algorithm 1 and draws it by Algorithm 2.
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # more threads slow so small a network down
     schedule, T, pixel = Schedule(), len(BETA), torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1)
     layers = nn.Linear(33, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1)
     net = nn.Sequential(*layers)

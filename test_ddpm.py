@@ -4,6 +4,7 @@ Good samples do not prove correct code. Every test says what it would catch. The
 grades exercises: empty algorithm_2, write it yourself, and run  python -m pytest -k algorithm_2
 """
 
+import copy
 import hashlib
 import itertools
 import math
@@ -16,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -27,10 +27,9 @@ import shapes
 import train
 
 T, BETA = 1000, np.linspace(1e-4, 0.02, 1000)
-COSINE_BAR = torch.linspace(0, math.pi / 2, 51).cos() ** 2  # of another schedule, with T = 50
-COSINE = (1 - COSINE_BAR[1:] / COSINE_BAR[:-1]).clamp(max=0.999)
-SCHEDULE, OTHER = ddpm.Schedule(), ddpm.Schedule(COSINE)
-both = pytest.mark.parametrize("schedule", [SCHEDULE, OTHER], ids=["linear", "cosine"])
+OTHER_BETA = np.linspace(0.01, 0.6, 50)  # of another schedule, with T = 50
+SCHEDULE, OTHER = ddpm.Schedule(), ddpm.Schedule(torch.from_numpy(OTHER_BETA))
+both = pytest.mark.parametrize("schedule", [SCHEDULE, OTHER], ids=["paper", "other"])
 
 
 def seeded(seed):
@@ -51,19 +50,16 @@ def awake(model, size=0.05):
 # ######## THE METHOD: lessons, and exercises to grade #############################################
 
 
-@pytest.mark.parametrize("schedule, beta", [(SCHEDULE, BETA), (OTHER, COSINE.double().numpy())])
-def test_schedule_against_numpy(schedule, beta):
-    """Catches: a beta index off by one, alpha for alpha_bar, float32 in the product, a fixed T."""
-    assert schedule.T == len(beta)
-    beta, a = np.append(0, beta), np.cumprod(np.append(1, 1 - beta))
-    want = {"beta": beta, "alpha": 1 - beta, "alpha_bar": a, "one_minus_alpha_bar": 1 - a}
+def test_schedule_of_other_beta():
+    """Catches: a beta index off by one, alpha for alpha_bar, a fixed T."""
+    beta, a = np.append(0, OTHER_BETA), np.cumprod(np.append(1, 1 - OTHER_BETA))
+    want = {"T": 50, "beta": beta, "alpha": 1 - beta, "alpha_bar": a, "one_minus_alpha_bar": 1 - a}
     for name, numbers in want.items():
-        assert getattr(schedule, name).dtype == torch.float32, name
-        assert np.allclose(getattr(schedule, name).numpy(), numbers, rtol=1e-6, atol=0), name
+        assert np.allclose(getattr(OTHER, name), numbers, rtol=1e-6, atol=0), name
 
 
 def test_q_sample_is_a_thousand_steps():
-    """Catches: a wrong q(x_t | x_0). Eq. 2 is applied step by step, Eq. 4 is not used."""
+    """Catches: a wrong q(x_t | x_0), float32 in ᾱ. Eq. 2 is applied step by step, not Eq. 4."""
     x_0, eps = torch.eye(2).view(2, 2, 1, 1, 1)
     mean, variance = 1.0, 0.0  # of x_t for x_0 = 1, by the rules for sums of Gaussians
     for t, beta in enumerate(BETA, start=1):
@@ -73,42 +69,39 @@ def test_q_sample_is_a_thousand_steps():
         assert x_t == want, f"the mean or the standard deviation of x_{t} is off"
 
 
-@pytest.mark.parametrize("last", [T, 50])
-def test_draw_t_by_its_histogram(last):
-    """Catches: t from 0 to T - 1, t uniform, no single draws among the means."""
-    n, one = 1_600_000, np.arange(1, last + 1)
-    t, again, other = (ddpm.draw_t(n, last, seeded(seed)) for seed in (0, 0, 1))
-    assert torch.equal(t, again) and not torch.equal(t, other), "t is not from the generator"
-    assert t.dtype == torch.int64 and t.min() >= 1 and t.max() <= last, "t is not from 1 to T"
-    means = np.bincount((one[:, None] + one).ravel() // 2)[1:] / last**2
-    count, want = np.bincount(t, minlength=last + 1)[1:], n * (15 / 16 * means + 1 / 16 / last)
-    assert count[-1] > want[-1] / 2, "T is too rare: is every 16th t a single draw?"
-    assert ((count - want) ** 2 / want).sum() < last + 5 * math.sqrt(2 * last), "histogram of t"
+def test_draw_t_by_its_histogram():
+    """Catches: t from 0 to T - 1, t uniform, no single draws among the means, another T."""
+    n, one = 1_600_000, np.arange(1, 51)
+    t = ddpm.draw_t(n, 50, seeded(0))
+    assert torch.equal(t, ddpm.draw_t(n, 50, seeded(0))), "t is not from the generator"
+    assert t.dtype == torch.int64 and t.min() >= 1 and t.max() <= 50, "t is not from 1 to T"
+    means = np.bincount((one[:, None] + one).ravel() // 2)[1:] / 50**2
+    count, want = np.bincount(t, minlength=51)[1:], n * (15 / 16 * means + 1 / 16 / 50)
+    assert ((count - want) ** 2 / want).sum() < 100, "histogram: is every 16th t a single draw?"
 
 
 @both
 def test_algorithm_1_by_hand(schedule):
-    """Catches: a wrong x_t or loss, a step uphill, gradients that add up. It may draw t and eps in
-    any order. The network is given a label."""
-    w, label = torch.nn.Parameter(torch.tensor([0.5, -0.5])), torch.arange(512) % 2
-    sgd, x_0, seen = torch.optim.SGD([w], lr=0.1), noise(512, 1, 4, 4).sign(), []
-    model = lambda x_t, t, w: seen.append((x_t, t)) or w[label].view(-1, 1, 1, 1) * x_t
-    for seed in (1, 1, 2):
-        old = w.detach().clone().requires_grad_()
-        step = ddpm.algorithm_1(lambda x, t: model(x, t, w), schedule, sgd, x_0, seeded(seed))
-        loss, (x_t, t) = step.item(), seen[-1]
+    """Catches: a wrong x_t or loss, a step uphill, gradients that add up. y is a label."""
+    w, y, seen = torch.nn.Parameter(torch.tensor(0.5)), noise(512, 1, 1, 1), []
+    sgd, x_0 = torch.optim.SGD([w], lr=0.1), noise(512, 1, 4, 4).sign()
+    model = lambda x_t, t: seen.append((x_t, t)) or w * y * x_t
+    for _ in range(2):
+        old = w.item()
+        loss = ddpm.algorithm_1(model, schedule, sgd, x_0, seeded(1)).item()
+        x_t, t = seen[-1]
         assert t.min() >= 1 and t.max() <= schedule.T, "t is not from 1 to T"
         assert len(t.unique()) > schedule.T / 4, "each picture needs a t of its own"
         signal, deviation = schedule.signal_and_noise(t)
         eps = (x_t - signal * x_0) / deviation  # as it must have been, by Eq. 4
         assert max(eps.mean().abs(), (eps * x_0).mean().abs()) < 0.06, "the mean of x_t is off"
         assert abs(eps.var(0).mean() - 1) < 0.1, "the variance of x_t is off"
-        want = (model(x_t, t, old) - eps).square().mean()
-        assert loss == pytest.approx(want.item(), rel=1e-4), "the loss is not Eq. 14"
-        downhill = old - 0.1 * torch.autograd.grad(want, old)[0]
-        assert torch.allclose(w, downhill, atol=1e-5), "not a step against the gradient of the loss"
-    same = [torch.equal(x_t, seen[0][0]) for x_t, _ in seen[::2]]
-    assert same == [True, True, False], "t and eps are not from the generator"
+        error = old * y * x_t - eps
+        want = error.square().mean().item()
+        assert loss == pytest.approx(want, rel=1e-4), "the loss is not Eq. 14"
+        want = old - 0.1 * (2 * error * y * x_t).mean().item()
+        assert w.item() == pytest.approx(want, abs=1e-5), "not a step against the gradient"
+    assert torch.equal(x_t, seen[0][0]), "t and eps are not from the generator"
 
 
 @both
@@ -136,62 +129,37 @@ def test_algorithm_2_is_bayes_rule(schedule):
     assert np.allclose(walk[-1][1], 2, atol=1e-4), "x_0 is off: is there noise in the last step?"
 
 
-@pytest.mark.parametrize("side, places", [(16, 8), (4, 4)])
-def test_attention_against_a_loop(side, places):
+def test_attention_against_a_loop():
     """Catches: softmax over the wrong axis, a missing 1/√d, mixed up places, a lost skip."""
-    layer, x, block = awake(ddpm.Attention(64, 32)), noise(2, 64, side, side), side // places
-    got = layer(x)
-    q, k, v = layer.qkv(layer.norm(F.avg_pool2d(x, block))).split(32, 1)  # (2, 32, h, w) each
-    for i, j in itertools.product(range(places), repeat=2):
-        mean, total = 0, 0
-        for m, n in itertools.product(range(places), repeat=2):
-            match = (q[:, :, i, j] * k[:, :, m, n]).sum(1, keepdim=True)
-            weight = (match / math.sqrt(32)).exp()
-            mean, total = mean + weight * v[:, :, m, n], total + weight
-        here = (..., slice(i * block, (i + 1) * block), slice(j * block, (j + 1) * block))
-        want = x[here] + layer.out((mean / total)[:, :, None, None])
-        assert torch.allclose(got[here], want, atol=1e-4), f"place {i}, {j} is off"
+    layer, x = awake(ddpm.Attention(64, 32)), noise(2, 64, 16, 4)
+    got, averaged = layer(x), x.unflatten(2, (8, 2)).mean(3)  # to 8x4
+    q, k, v = layer.qkv(layer.norm(averaged)).flatten(2).split(32, 1)  # (2, 32, 32 places) each
+    for i in range(32):
+        match = [(q[..., i] * k[..., j]).sum(1, keepdim=True) / math.sqrt(32) for j in range(32)]
+        weights = [m.exp() / sum(n.exp() for n in match) for m in match]
+        mean = sum(weight * v[..., j] for j, weight in enumerate(weights))  # (2, 32)
+        row, column = divmod(i, 4)
+        here = (..., slice(2 * row, 2 * row + 2), slice(column, column + 1))
+        want = x[here] + layer.out(mean[..., None, None])
+        assert torch.allclose(got[here], want, atol=1e-4), f"place {row}, {column} is off"
 
 
-def test_unet_block_by_hand():
-    """Catches: a norm, a SiLU, the time or the skip left out or in another place."""
-    block, x, time = awake(ddpm.ResBlock(16, 32, 24, 8), 0.3), noise(2, 16, 6, 4), noise(2, 24)
-    h = F.conv2d(F.silu(block.norm1(x)), block.conv1.weight, block.conv1.bias, padding=1)
-    h = F.silu(block.norm2(h + block.time(time).view(2, 8, 1, 1)))
-    h = F.conv2d(h, block.conv2.weight, block.conv2.bias, padding=1)
-    assert torch.allclose(block(x, time), block.skip(x) + h, atol=1e-4), "the block is off"
-
-
-def test_unet_as_described():
-    """Catches: a level without attention, a bottleneck that shrank, skips that are not added."""
-    model, attends = ddpm.UNet(), set()
-    for layer in (m for m in model.modules() if isinstance(m, ddpm.Attention)):
-        layer.register_forward_hook(lambda layer, inputs, y: attends.add(y.shape[-1]))
-    assert model(noise(2, 1, 32, 32), torch.tensor([1, T])).abs().max() == 0, "not 0 at first"
-    assert attends == {32, 16, 8, 4} and model.middle2.conv2.out_channels == 512
-    assert 2e6 <= sum(p.numel() for p in model.parameters()) <= 4e6
-    below, skip = noise(1, 512, 4, 4), noise(1, 128, 8, 8, seed=1)
-    joined, alone = (model.up[0](below, s, noise(1, 128)) for s in (skip, 0 * skip))
-    assert torch.allclose(joined - alone, skip, atol=1e-5), "a skip is not added"
-
-
-def test_unet_uses_everything_and_keeps_pictures_apart():
-    """Catches: t ignored, a layer that is never applied, BatchNorm, attention across the batch."""
-    model, x, t = awake(ddpm.UNet()), noise(3, 1, 32, 32), torch.tensor([1, 500, T])
-    together = model(x, t)
-    assert (together - model(x, t + 1)).abs().amax((1, 2, 3)).min() > 1e-3, "t is ignored"
-    alone = torch.cat([model(x[[i]], t[[i]]) for i in range(3)])
-    assert torch.allclose(together, alone, atol=1e-4), "a picture sees the others"
-    together.square().sum().backward()
+def test_unet_uses_everything():
+    """Catches: a first guess that is not 0, t or a layer that is not used."""
+    model, x, t = ddpm.UNet(), noise(3, 1, 32, 32), torch.tensor([1, 500, T])
+    assert not model(x, t).any(), "the first guess is not 0"
+    eps_theta = awake(model)(x, t)
+    assert (eps_theta - model(x, t + 1)).abs().amax((1, 2, 3)).min() > 1e-3, "t is ignored"
+    eps_theta.square().sum().backward()
     unused = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not unused, "layers are not used"
 
 
 def test_perfect_model_is_bayes_rule():
     """Catches: a wrong weight or mean, pictures taken to be equally bright, exp that overflows."""
-    data, t = noise(20, 3, 2, 4), torch.tensor([1, 300, 500, 700, T])
+    data, t = noise(20, 3, 8, 16), torch.tensor([1, 300, 500, 700, T])
     signal, deviation = SCHEDULE.signal_and_noise(t)
-    x_t = signal * data[:5] + deviation * noise(5, 3, 2, 4, seed=1)
+    x_t = signal * data[:5] + deviation * noise(5, 3, 8, 16, seed=1)
     distance = (x_t[:, None] - signal[:, None] * data).double().square().sum((2, 3, 4))  # (5, 20)
     weights = (-distance / (2 * deviation.flatten(1) ** 2)).softmax(1)
     mean = (weights @ data.flatten(1).double()).view(x_t.shape)
@@ -200,17 +168,15 @@ def test_perfect_model_is_bayes_rule():
 
 
 @both
-@pytest.mark.parametrize("steps, eta", [(T, 1.0), (T, 0.5), (8, 0.0), (8, 0.5), (2, 1.0), (1, 1.0)])
+@pytest.mark.parametrize("steps, eta", [(T, 1.0), (8, 0.0), (8, 0.5), (1, 1.0)])
 def test_ddim_by_hand(schedule, steps, eta):
-    """Catches: eta for eta squared, sigma added but not taken from the rest, a missing clip, the
-    eps of another guess, t cut off and not rounded. The network is given a label."""
+    """Catches: eta for eta squared, sigma not taken from the rest, no clip, t not rounded."""
     a, b = schedule.alpha_bar.tolist(), schedule.one_minus_alpha_bar.tolist()
     steps, label, generator = min(steps, schedule.T), torch.tensor([0.9, 0.8]), seeded(4)
     model = lambda x_t, t: (label + t / 9999).view(2, 1, 1, 1) * x_t - 0.1 * x_t.roll(1, 3)
     walk = [*ddpm.ddim(model, schedule, noise(2, 1, 4, 8), steps, eta, seeded(4))]
-    visited = np.append(np.linspace(schedule.T, 1, steps), 0)
-    assert len(walk) == steps + 1, "it does not yield x_T and then once each step"
-    assert np.abs([t for t, _ in walk] - visited).max() <= 0.5, "t is not evenly spread and rounded"
+    visited = [*np.linspace(schedule.T, 1, steps), 0]
+    assert [t for t, _ in walk] == pytest.approx(visited, abs=0.5), "t is not evenly spread"
     for (t, x_t), (s, got) in itertools.pairwise(walk):
         eps = model(x_t, torch.tensor([t, t])).double()
         guess = ((x_t - math.sqrt(b[t]) * eps) / math.sqrt(a[t])).clamp(-1, 1)  # of x_0, by Eq. 4
@@ -223,46 +189,36 @@ def test_ddim_by_hand(schedule, steps, eta):
 
 def test_bound_of_one_pixel_is_one_bit():
     """Catches: a wrong weight, nats for bits, a mean for a sum. (1.007: by quadrature.)"""
-    best = lambda x_t, a, b: (x_t - a * (a * x_t / b**2).tanh()) / b  # by Bayes' rule
-    perfect = lambda x_t, t: best(x_t, *SCHEDULE.signal_and_noise(t))
+    perfect = ddpm.perfect_model(SCHEDULE, torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1))
     terms = ddpm.bound(perfect, SCHEDULE, noise(2000 * (T - 1), 1, 1, 1).sign(), seeded(1))
     assert terms.sum().item() == pytest.approx(1.007, abs=0.03), "bits"
 
 
-@both
-def test_bound_is_eq_12(schedule):
+def test_bound_is_eq_12():
     """Catches: terms at another t, SNR for its difference, a mean over pixels, missing terms."""
-    seen, n, beta, b = [], 2 * (schedule.T - 1), schedule.beta, schedule.one_minus_alpha_bar
+    seen, beta, b = [], OTHER.beta, OTHER.one_minus_alpha_bar
     model = lambda x_t, t: seen.append((x_t, t)) or 0.5 * x_t
-    x_0 = noise(n, 1, 4, 4).sign()
-    terms = ddpm.bound(model, schedule, x_0, seeded(1))
-    (x_t, t), (signal, deviation) = seen[0], schedule.signal_and_noise(seen[0][1])
+    x_0 = noise(49, 1, 4, 4).sign()  # as many as there are terms
+    terms = ddpm.bound(model, OTHER, x_0, seeded(1))
+    (x_t, t), (signal, deviation) = seen[0], OTHER.signal_and_noise(seen[0][1])
     error = ((x_t - signal * x_0) / deviation - 0.5 * x_t).square().sum((1, 2, 3))
-    variance = torch.cat([b[:1], b[:-1]]) / b * beta  # of a step back from t
-    weight = beta**2 / (2 * variance * (1 - beta) * b)  # Eq. 12
-    want = weight * torch.zeros_like(b).index_add(0, t, error / 2) / math.log(2)
-    assert torch.allclose(terms[2:], want[2:], rtol=2e-3), "a term is off"
-    assert terms.shape == b.shape and not terms[:2].any()
-    for wrong in (n - 1, n + 1):
-        with pytest.raises(RuntimeError):
-            ddpm.bound(model, schedule, noise(wrong, 1, 4, 4), seeded(1))
+    variance = b[t - 1] / b[t] * beta[t]  # of a step back from t
+    want = beta[t] ** 2 / (2 * variance * (1 - beta[t]) * b[t]) * error / math.log(2)  # Eq. 12
+    assert torch.allclose(terms[t], want, rtol=2e-3), "a term is off"
 
 
 # ######## THE PROGRAM: what a user does ###########################################################
 HERE = Path(ddpm.__file__).parent
 
 
-class Net(ddpm.UNet):
+def Net(channels=1):
     """A small network, with dropout and a batch norm."""
-
-    def __init__(self, channels=1):
-        super().__init__(channels, (8, 8, 8), 16, 8, 16)
-        self.first = torch.nn.Sequential(torch.nn.BatchNorm2d(channels), torch.nn.Dropout(0.1))
-        awake(self)
-
-    def forward(self, x_t, t):
-        assert torch.is_grad_enabled() or not self.training, "samples are drawn with dropout"
-        return super().forward(self.first(x_t), t)
+    model = ddpm.UNet(channels, (8, 8, 8), 16, 8, 16)
+    first = torch.nn.BatchNorm2d(channels), torch.nn.Dropout(0.1)
+    model.stem = torch.nn.Sequential(*first, model.stem)
+    wrong = lambda net: net.training and not torch.is_grad_enabled()  # dropout in samples
+    model.register_forward_pre_hook(lambda net, x: pytest.fail("dropout") if wrong(net) else x)
+    return awake(model)
 
 
 def run_train(folder, *flags, network=Net):
@@ -273,20 +229,21 @@ def run_train(folder, *flags, network=Net):
     return torch.load(folder / "latest.pt", weights_only=True)
 
 
-def test_data_and_score():
-    """Catches: other data; a score blind to a pixel, touching, a fourth shape, mirrored copies."""
+def test_data_mirror_and_score():
+    """Catches: other data, a mirror up-down, a score blind to a pixel, touching, a 4th, copies."""
     x = shapes.make_dataset(1000, seed=0)
     digest = hashlib.sha256((x > 0).byte().numpy().tobytes()).hexdigest()
     assert digest[:16] == "e7f317c0d3d21075"
-    for kind, masks in shapes.CATALOGUE.items():
-        turned = [m for mask in masks for m in (np.rot90(mask), mask[:, ::-1])]  # generate all
-        assert {shapes.KIND_OF[mask.shape, mask.tobytes()] for mask in turned} == {kind}
-    x = shapes.make_dataset(400, seed=5)
+    y = noise(200, 3, 4, 8)
+    same, turned = (shapes.mirror(y) == torch.stack([y, y.flip(3)])).flatten(2).all(2)
+    assert (same ^ turned).all() and 50 < turned.sum() < 150
     training = torch.cat([x[:5].flip(2), x[5:10].mT.flip(3), x[10:15]])
-    assert shapes.score(torch.cat([0.3 * x[:40], noise(10, 1, 32, 32)]), training) == (0.8, 0.3)
+    some = torch.cat([0.3 * x[:40], -x[:10].abs()])  # the last ten are empty
+    assert shapes.score(some, training) == (0.8, 0.3)
     right = lambda x: shapes.score(x, training)[0]
     assert right(x) == 1
-    x[np.arange(400), 0, np.arange(400) % 32, np.arange(400) // 13] *= -1
+    assert torch.equal(shapes.coloured(x[:40]).amax(1) > -1, x[:40, 0] > 0)
+    x[np.arange(1000), 0, np.arange(1000) % 32, np.arange(1000) // 32] *= -1
     assert right(x) == 0
     x = -torch.ones(1, 1, 32, 32)
     for (i, j), want in (((0, 0), 1), ((12, 0), 1), ((0, 12), 1), ((12, 12), 0)):
@@ -294,36 +251,19 @@ def test_data_and_score():
         assert right(x) == want
     x[..., 8:, :], x[..., 8:], x[..., 8:16, 8:16] = -1, -1, 1  # two touch at a corner
     assert right(x) == 0
-
-
-def test_pictures_for_people_and_mirroring():
-    """Catches: a grid out of order, wrong colours or range, pictures that are upside down."""
-    x = shapes.make_dataset(20, seed=0)
-    x[0], x[0, 0, 0, 0] = -1, 1  # a single pixel is no shape
-    images = shapes.coloured(0.3 * x)  # (20, 3, 32, 32)
-    assert images[0, :, 0, 0].tolist() == [1, -1, -1], "what is wrong is not red"
-    for pictures in (x, images, 3 * x[..., :16]):
-        sheet = np.asarray(shapes.tile(pictures, columns=7)).transpose(2, 0, 1)
-        h, w = sheet.shape[1] // 3, sheet.shape[2] // 7
-        ninth = sheet[:, h + 1 : 2 * h - 1 : 4, w + 1 : 2 * w - 1 : 4]
-        assert np.abs(ninth - (pictures[8].clamp(-1, 1).numpy() + 1) * 127.5).max() < 1
-    x = noise(200, 3, 4, 8)
-    same, turned = (shapes.mirror(x) == torch.stack([x, x.flip(3)])).flatten(2).all(2)
-    assert (same ^ turned).all() and 50 < turned.sum() < 150
+    assert shapes.coloured(x)[0, :, 0, 0].tolist() == [1, -1, -1], "what is wrong is not red"
+    assert shapes.tile(1.1 * x).getpixel((5, 5)) == (255, 255, 255), "not clipped"
 
 
 def test_load_pictures(tmp_path):
-    """Catches: another order or range, a page that is not white, a useless file without a name."""
+    """Catches: another order, a page that is not white, a useless file that is not named."""
     for name, mode, colour in (("a.JPG", "L", 0), ("b.png", "RGBA", 0), ("c.jpeg", "RGB", "gray")):
         Image.new(mode, (24, 16), colour).save(tmp_path / name)
     x = shapes.load_pictures(tmp_path)
     assert x.shape == (3, 1, 16, 24) and x.dtype == torch.float32
     assert x[:, 0, 0, 0].tolist() == pytest.approx([-1, 1, 0], abs=0.01)
-    Image.new("RGB", (24, 16), (255, 0, 51)).save(tmp_path / "d.PNG")
-    x = shapes.load_pictures(tmp_path)
-    assert x.shape == (4, 3, 16, 24) and x[3, :, 5, 20].tolist() == pytest.approx([1, -1, -0.6])
-    cut = (tmp_path / "d.PNG").read_bytes()[:-30]
-    bad = ("e", cut), ("e", ("I;16", (24, 16))), ("e", ("L", (24, 24))), ("0", ("L", (28, 28)))
+    cut = (tmp_path / "b.png").read_bytes()[:-30]
+    bad = ("d", cut), ("d", ("I;16", (24, 16))), ("d", ("L", (24, 24))), ("0", ("L", (28, 28)))
     for name, wrong in bad:
         file = tmp_path / f"{name}.png"
         file.write_bytes(wrong) if wrong is cut else Image.new(*wrong).save(file)
@@ -332,76 +272,77 @@ def test_load_pictures(tmp_path):
 
 
 def test_own_pictures_from_a_folder_to_samples(tmp_path, monkeypatch):
-    """Catches: letters that are mirrored; another size; a folder that is lost or has changed."""
+    """Catches: letters that are mirrored; colour or size lost; a folder that is lost or changed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shapes, "mirror", None)  # letters have a side
     folder, checkpoints = tmp_path / "letters", tmp_path / "checkpoints"
     folder.mkdir()
-    with pytest.raises(OSError, match="letters"):  # nothing is in it
-        run_train(checkpoints, "--data=letters")
-    for i, picture in enumerate(np.random.default_rng(0).integers(256, size=(3, 16, 24, 3))):
+    for words, error in (("--data=letters", OSError), ("--epochs=1", TypeError)):
+        with pytest.raises(error):  # nothing is in letters; shapes are mirrored
+            run_train(checkpoints, words)
+    pixels = np.random.default_rng(0).integers(256, size=(3, 16, 24, 3))
+    for i, picture in enumerate(pixels):
         Image.fromarray(np.uint8(picture)).save(folder / f"{i}.png")
     run_train(checkpoints, "--data=letters", "--epochs=1")
-    sample.main(["--device=cpu", "--steps=3", "--n=16"], Net)
+    second = np.asarray(Image.open(checkpoints / "data.png"))[1:81:5, 123:243:5]  # (16, 24, 3)
+    assert np.array_equal(second, pixels[1])
+    sample.main(["--device=cpu", "--steps=3"], Net)
     assert Image.open("samples.png").size == (8 * 122, 2 * 82)
-    with pytest.raises(SystemExit, match="^error: .*--explain"):
-        sample.main(["--device=cpu", "--explain"], Net)
     monkeypatch.chdir(folder)  # from here "letters" would be another folder
-    run_train(checkpoints, "--resume", "--epochs=2")
     (folder / "1.png").unlink()
     with pytest.raises(SystemExit, match="^error: .*letters has other pictures than .*latest.pt"):
-        run_train(checkpoints, "--resume", "--epochs=3")
+        run_train(checkpoints, "--resume", "--epochs=2")
 
 
-def test_train_one_epoch_and_one_more_are_two(tmp_path):
-    """Catches: noise that differs; optimizer, rate, average or flags not restored."""
+def test_train_one_epoch_and_one_more_are_two(tmp_path, monkeypatch):
+    """Catches: noise that differs; optimizer, rate, average, flags or beta not restored."""
     whole = run_train(tmp_path / "a", "--epochs=2", "--seed=1", "--lr=1e-2")
     run_train(tmp_path / "b", "--epochs=1", "--seed=1", "--lr=1e-2")
+    monkeypatch.setattr(ddpm, "BETA", ddpm.BETA / 2)  # a run keeps its own
     parts = run_train(tmp_path / "b", "--resume", "--epochs=2")
+    assert not [*tmp_path.glob("b/before_*")], "its files are set aside"
     for key in whole.keys() - {"run"}:
         torch.testing.assert_close(whole[key], parts[key], rtol=0, atol=0)
 
 
-def test_train_the_first_step_and_the_average(tmp_path):
+def test_train_the_first_steps_and_their_average(tmp_path, monkeypatch):
     """Catches: an average that stands still or forgets too soon, a rate without --lr or warm-up."""
-    state = run_train(tmp_path, "--epochs=1", "--samples=16", "--lr=1e-3", "--seed=1")
+    before, step = [], ddpm.algorithm_1
+    watched = lambda model, *rest: before.append(copy.deepcopy(model)) or step(model, *rest)
+    monkeypatch.setattr(ddpm, "algorithm_1", watched)
+    state = run_train(tmp_path, "--epochs=1", "--samples=32", "--lr=0.1", "--seed=1")
     best = torch.load(tmp_path / "best.pt", weights_only=True)["average"]
     torch.manual_seed(1)
     for name, first in Net().named_parameters():
-        now, average = state["model"][name], state["average"][name]
-        assert torch.allclose(average, first + 9 / 11 * (now - first)), name
-        assert torch.equal(best[name], average.half()), name
-        # Adam's first step is the rate, for each weight that has a gradient.
-        assert (now - first).abs().max().item() < 1e-3 * train.rate(0) * 1.05, name
-    mean = "first.0.running_mean"  # of the batch norm: it is no weight, so it is not averaged
+        one, two = before[1].get_parameter(name), state["model"][name]
+        average = first.lerp(one, 9 / 11).lerp(two, 9 / 12)
+        assert torch.allclose(state["average"][name], average, atol=1e-6), name
+        assert torch.equal(best[name], state["average"][name].half()), name
+        assert (one - first).abs().max() < 0.1 * train.rate(0) * 1.05, "Adam's first step"
+    mean = "stem.0.running_mean"  # of the batch norm: it is no weight, so it is not averaged
     assert state["average"][mean] == state["model"][mean] != 0
-    assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-3 * train.rate(1))
+    assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.1 * train.rate(2))
     rates = [train.rate(step) for step in range(4000)]
     assert rates[0] == 1 / 500 and rates[499] == max(rates) == 1 and rates[3999] == 0.5
 
 
-def test_train_leaves_its_files_and_those_of_others(tmp_path, capsys):
-    """Catches: a missing file or curve, a wrong best.pt; an older run or a user's file overwritten,
-    or moved by a start that fails; a broken network that is saved."""
+def test_train_leaves_its_files_and_those_of_others(tmp_path):
+    """Catches: a missing file or curve, a wrong best.pt, an older run or others' files lost."""
     folder = tmp_path / "checkpoints"
     files = lambda folder: {path.name: path.read_bytes() for path in folder.glob("*.*")}
-    losses = run_train(folder, "--epochs=5", "--samples=16", "--lr=1e-9")["losses"]
+    losses = run_train(folder, "--epochs=6", "--samples=16", "--lr=1e-9")["losses"]
     assert np.std(losses) > 1e-3, "the noise is the same in each epoch"
     best = torch.load(folder / "best.pt", weights_only=True)["losses"]
-    assert best == losses[: losses.index(min(losses)) + 1] and 1 < len(best) < 5
+    assert best == losses[: losses.index(min(losses)) + 1] and 1 < len(best) < 6
     (run,) = (folder / "logs").iterdir()
     events = EventAccumulator(str(run)).Reload()
-    assert [event.step for event in events.Images("samples")] == [5]
+    assert [event.step for event in events.Images("samples")] == [5, 6]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
     old = files(folder)
-    assert old.keys() == {"latest.pt", "best.pt", "loss.png", "data.png", "samples_0005.png"}
+    assert old.keys() > {"latest.pt", "best.pt", "loss.png", "data.png", "samples_0006.png"}
     (folder / "mine.png").write_text("mine")
-    wrongs = ("--data=no", OSError), ("--lr=nan", SystemExit), ("--epochs=0", SystemExit)
-    for wrong, error in wrongs:
-        with pytest.raises(error):
-            run_train(folder, wrong)
-    run_train(folder, "--resume")
-    assert "all 5 epochs are done" in capsys.readouterr().out
+    with pytest.raises(OSError):
+        run_train(folder, "--data=no")
     assert files(folder) == {**old, "mine.png": b"mine"}
     with pytest.raises(SystemExit, match="not finite"):
         run_train(folder, network=lambda channels: awake(Net(channels), math.nan))
@@ -409,7 +350,7 @@ def test_train_leaves_its_files_and_those_of_others(tmp_path, capsys):
     assert files(aside) == old and files(folder).keys() == {"mine.png", "data.png"}
 
 
-def test_sample_uses_every_flag(tmp_path, monkeypatch, capsys):
+def test_sample_uses_every_flag(tmp_path, monkeypatch):
     """Catches: a flag, weights or a beta not used; dropout that stays on; a missing picture."""
     monkeypatch.chdir(tmp_path)
     beta, pictures = torch.linspace(0.01, 0.5, 12), []  # so T = 12
@@ -417,22 +358,15 @@ def test_sample_uses_every_flag(tmp_path, monkeypatch, capsys):
     torch.save(state, "checkpoints/best.pt")
     torch.save({**state, "beta": beta / 2}, "beta.pt")
     torch.save({**state, "average": awake(Net()).state_dict()}, "weights.pt")
-    flags = ",,--n=2,--seed=2,--eta=0.5,--eta=0,--steps=4,--steps=4 --eta=0"
+    flags = ",,--n=2,--seed=2,--eta=0.9999999,--eta=0,--steps=4,--steps=4 --eta=0"
     for words in f"{flags},--checkpoint=beta.pt,--checkpoint=weights.pt".split(","):
         sample.main(["--device=cpu", "--n=1", "--output=a.png", *words.split()], Net)
         pictures.append(Path("a.png").read_bytes())
-    assert pictures[0] == pictures[1] and len({*pictures}) == 9
+    assert pictures[0] == pictures[1] and len({*pictures}) == 9  # with eta < 1, ddim clips
     for words in ("", "--explain", "--process", "--score --n=8 --steps=5"):
         sample.main(["--device=cpu", *words.split()], Net)
-    out = capsys.readouterr().out
-    assert f"{Path('checkpoints/best.pt')}, epoch 1, " in out and "\n8 samples: " in out
-    assert "bits a picture" in out and Path("process.png").exists()
-    assert Image.open("process.gif").n_frames >= 13
-    grey, colour = (np.ptp(Image.open(f"{name}.png"), 2) for name in ("samples", "explained"))
-    assert grey.shape == colour.shape and not grey.any() and colour.any()
-    for wrong in ("--steps=0", "--steps=13", "--output=no/a.png"):
-        with pytest.raises(SystemExit, match="2|--steps must be from 1 to 12"):
-            sample.main(["--device=cpu", wrong], Net)
+    names = ("samples.png", "explained.png", "process.png", "process.gif")
+    assert len({Path(name).read_bytes() for name in names}) == 4
 
 
 @pytest.mark.parametrize("main, flag", [(train.main, "--resume"), (sample.main, "--checkpoint={}")])
@@ -441,11 +375,9 @@ def test_a_broken_checkpoint_gets_one_line(main, flag, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path, large = Path("checkpoints/latest.pt"), ddpm.UNet().state_dict()
     state, cut = run_train(path.parent, "--epochs=1"), path.read_bytes()[:9999]
-    state["flags"]["epochs"] = 2
-    foreign = {**state, "model": large, "average": large}
+    foreign = {**state, "losses": [], "model": large, "average": large}
     evil = type("Evil", (), {"__reduce__": lambda self: (os.mkdir, ("it ran",))})()
-    older = {key: value for key, value in state.items() if key != "shape"}
-    for broken in (b"", b"text", cut, {"epoch": 1}, foreign, older, evil):
+    for broken in (b"text", cut, {"epoch": 1}, foreign, evil):
         path.write_bytes(broken) if isinstance(broken, bytes) else torch.save(broken, path)
         with pytest.raises(SystemExit, match=f"^error: cannot use {re.escape(str(path))}") as stop:
             main([flag.format(path), "--device=cpu"], Net)
@@ -469,19 +401,14 @@ def test_modal_trains_and_goes_on_after_a_restart(tmp_path):
         assert (args.epochs, args.resume, args.checkpoints) == (9, resumes, Path())
     aside = [path.read_text() for path in tmp_path.glob("before_*/latest.pt")]
     assert len(aside) == 2 and "of an older run" in aside
-    with pytest.raises(SystemExit, match="^error: --data"):
-        modal_train.main("--data", ".")
 
 
 def test_scripts_and_imports_in_a_process_of_their_own(tmp_path):
-    """Catches: a traceback, also where a notebook has set MPLBACKEND; an import that takes its
-    plots away; torch needed by who only sends a run to the cloud."""
+    """Catches: a traceback, also where a notebook has set MPLBACKEND; an import that changes it."""
     backend = "module://matplotlib_inline.backend_inline"  # matplotlib does not look up others
     env = {**os.environ, "PYTHONPATH": str(HERE), "MPLBACKEND": backend}
-    check = f"assert os.environ['MPLBACKEND'] == {backend!r} and 'matplotlib' not in sys.modules"
     for words in (
-        ["-c", f"import os, sys, shapes; {check}"],
-        ["-c", "import sys; sys.modules['torch'] = None; import modal_train"],
+        ["-c", f"import os, shapes; assert os.environ['MPLBACKEND'] == {backend!r}"],
         *([HERE / "ddpm.py"], [HERE / "shapes.py"]),
         [HERE / "train.py", "--samples=64", "--logs=shapes.png"],  # which is no folder
     ):
@@ -506,9 +433,8 @@ def test_readme_and_assets():
 def test_the_supplied_weights_guess_well():
     """Catches: a missing assets/pretrained.pt, or one of another network or version."""
     state, model = torch.load(sample.PRETRAINED, weights_only=True), ddpm.UNet()
-    assert state.keys() == {"flags", "run", "losses", "shape", "beta", "average"}
     model.load_state_dict(state["average"])
-    x_0, t = shapes.make_dataset(16, [0, 3]), torch.full((16,), 200)
+    x_0, t = shapes.make_dataset(16, [0, 3]), torch.full((16,), 300)
     x_t = ddpm.q_sample(SCHEDULE, x_0, t, noise(16, 1, 32, 32))
     guess = ddpm.predict_x_0(SCHEDULE, x_t, t, model(x_t, t))
     assert (guess.sign() != x_0).float().sum((1, 2, 3)).mean() < 2

@@ -65,8 +65,7 @@ def test_q_sample_is_a_thousand_steps():
     for t, beta in enumerate(BETA, start=1):
         mean, variance = math.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
         x_t = ddpm.q_sample(SCHEDULE, x_0, torch.tensor([t, t]), eps).flatten().tolist()
-        want = pytest.approx([mean, math.sqrt(variance)], rel=1e-5)
-        assert x_t == want, f"the mean or the standard deviation of x_{t} is off"
+        assert x_t == pytest.approx([mean, math.sqrt(variance)], rel=1e-5), f"mean or σ of x_{t}"
 
 
 def test_draw_t_by_its_histogram():
@@ -97,8 +96,7 @@ def test_algorithm_1_by_hand(schedule):
         assert max(eps.mean().abs(), (eps * x_0).mean().abs()) < 0.06, "the mean of x_t is off"
         assert abs(eps.var(0).mean() - 1) < 0.1, "the variance of x_t is off"
         error = old * y * x_t - eps
-        want = error.square().mean().item()
-        assert loss == pytest.approx(want, rel=1e-4), "the loss is not Eq. 14"
+        assert loss == pytest.approx(error.square().mean().item(), rel=1e-4), "not Eq. 14's loss"
         want = old - 0.1 * (2 * error * y * x_t).mean().item()
         assert w.item() == pytest.approx(want, abs=1e-5), "not a step against the gradient"
     assert torch.equal(x_t, seen[0][0]), "t and eps are not from the generator"
@@ -195,7 +193,7 @@ def test_bound_of_one_pixel_is_one_bit():
 
 
 def test_bound_is_eq_12():
-    """Catches: terms at another t, SNR for its difference, a mean over pixels, missing terms."""
+    """Catches: terms at another t, SNR for its difference, a mean over pixels, terms left out."""
     seen, beta, b = [], OTHER.beta, OTHER.one_minus_alpha_bar
     model = lambda x_t, t: seen.append((x_t, t)) or 0.5 * x_t
     x_0 = noise(49, 1, 4, 4).sign()  # as many as there are terms
@@ -205,6 +203,8 @@ def test_bound_is_eq_12():
     variance = b[t - 1] / b[t] * beta[t]  # of a step back from t
     want = beta[t] ** 2 / (2 * variance * (1 - beta[t]) * b[t]) * error / math.log(2)  # Eq. 12
     assert torch.allclose(terms[t], want, rtol=2e-3), "a term is off"
+    with pytest.raises(RuntimeError):
+        ddpm.bound(model, OTHER, x_0[1:])
 
 
 # ######## THE PROGRAM: what a user does ###########################################################

@@ -73,7 +73,7 @@ from torch import nn
 #
 # where ε mixes ε_1, ..., ε_t. At t = T less than a hundredth of x_0 is left, so sampling can start
 # from pure noise; at t = 500 it could not (forward.png, upper row). The β_t are chosen by hand:
-# small at first, so that the last steps back are fine.
+# small at first, so that the last steps back are short.
 BETA = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # β_1, ..., β_T of the paper: (T,)
 
 
@@ -170,8 +170,8 @@ def predict_x_0(schedule, x_t, t, eps_theta):
 #
 #     μ_θ(x_t, t) = 1/√α_t (x_t - β_t/√(1 - ᾱ_t) ε_θ(x_t, t))                               (Eq. 11)
 #
-# A step back draws from a Gaussian around this mean: without z, x_{t-1} would vary too little. That
-# is exact if x_0 is known, else (no proof) nearly so for short steps: so T is large.
+# A step back draws from a Gaussian around this mean: without z, x_{t-1} would vary too little. A
+# Gaussian is exact if x_0 is known, else (no proof) nearly so for short steps: hence a large T.
 #
 # How wide? σ_t² = β̃_t is right if there is only one picture, σ_t² = β_t if the data is N(0, I).
 # They differ mainly at small t, and did similarly well in the paper (Section 3.2). We take β̃_t.
@@ -258,7 +258,7 @@ class Attention(nn.Module):
 #
 #     32x32  stem -- down ------------------------------- up -- out
 #     16x16            down ----------------------- up
-#      8x8               down --------------- up        three blocks: shapes.py draws on an 8x8 grid
+#      8x8               down --------------- up        three blocks, as shapes.py's grid is 8x8
 #      4x4                  middle (512 channels)        attention here and in each up
 class Up(nn.Module):
     """One level on the way up: (B, c_below, h, w) and a skip (B, c, 2h, 2w) -> (B, c, 2h, 2w)."""
@@ -348,12 +348,12 @@ def perfect_model(schedule, pictures):
 
 
 # ONE PIXEL. `python ddpm.py` trains a tiny network on one pixel, -1 or +1. Its loss comes near that
-# of the perfect network (pixel.png, left), but for the smallest t, where ε is hard to see in x_t.
-# Both have a hump: at small t the pixel is clear, at large t ε is, in between neither. Algorithm 2
-# leads x_t to -1 or +1 (middle), and chance decides to which: at first x̂_0 is near 0, then z pushes
-# x_t to one side, and x̂_0 follows.
+# of the perfect network (pixel.png, left), but for the smallest t, which are rare and show little
+# of ε. Both have a hump: at small t the pixel is clear, at large t ε is, in between neither.
+# Algorithm 2 leads x_t to -1 or +1 (middle), and chance decides to which: at first x̂_0 is near 0,
+# then z pushes x_t to one side, and x̂_0 follows.
 #
-# MANY PIXELS that agree outlast more noise than one: a shape is decided at larger t (forward.png).
+# MANY PIXELS together outlast more noise than one: a shape is decided at larger t (forward.png).
 # If the data is the list of training pictures, the perfect network draws nothing else: least
 # training loss means memorising. A trained network draws new ones only as far as it is imperfect.
 
@@ -361,18 +361,18 @@ def perfect_model(schedule, pictures):
 # ==== 6. Fewer steps, and the score ===============================================================
 # Song, Meng & Ermon, "Denoising Diffusion Implicit Models" (DDIM, 2021, arXiv 2010.02502), noticed
 # that the loss knows q(x_t | x_0) and nothing of the path between. So the same network can jump
-# from t to any earlier s: guess x_0 and ε, and mix them anew as Eq. 4 does at s. Of the noise, the
-# variance σ² may be fresh (their Eq. 12 and 16, with α for ᾱ):
+# from t to any earlier s: guess x_0 and ε, and mix them anew as Eq. 4 does at s. Noise of variance
+# σ² may be fresh (their Eq. 12 and 16, with α for ᾱ):
 #
 #     x_s = √ᾱ_s x̂_0 + √(1 - ᾱ_s - σ²) ε_θ + σ z
 #     σ²  = η² (1 - ᾱ_s)/(1 - ᾱ_t) (1 - ᾱ_t/ᾱ_s)
 #
 # The squared factors of ε_θ and z add up to 1 - ᾱ_s, as in Eq. 4. With η = 1 and s = t - 1, σ² is
-# β̃_t and this is Algorithm 2. Only the clip is new: at t = T an error of ε_θ is 157 times as large
-# in x̂_0, on which a long step relies. So x̂_0 is kept in [-1, 1], as in Ho's program.
+# β̃_t and this is Algorithm 2. At t = T an error of ε_θ is 157 times as large in x̂_0, on which a
+# long step relies. So x̂_0 is clipped to [-1, 1], as in Ho's program: only this is new.
 #
-# With η = 0 nothing is random but x_T, and a step is an Euler step of an ordinary differential
-# equation (ODE) for x_t/√ᾱ_t, with slope ε_θ. Mostly x_t keeps its sign (pixel.png, right).
+# With η = 0 only x_T is random: a step is an Euler step of an ordinary differential equation (ODE)
+# for x_t/√ᾱ_t over 1/√SNR(t), slope ε_θ. One pixel mostly keeps its sign (pixel.png, right).
 @torch.no_grad()
 def ddim(model, schedule, x_T, steps, eta, generator=None):
     """DDIM in 1 to T steps, with eta from 0 (no fresh noise) to 1. For the rest see algorithm_2."""
@@ -392,7 +392,7 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 
 
 # THE SCORE ∇ log q(x_t) points to where x_t would be more likely. Other papers learn it, and follow
-# it in small noisy steps (Langevin dynamics). It is the best guess of ε but for a factor: take ∇ of
+# it in small noisy steps (Langevin dynamics). It is the best guess of ε times a factor: take ∇ of
 # q(x_t) = ∫ q(x_t | x_0) q(x_0), with ∇q = q ∇ log q,
 #
 #     ∇ log q(x_t) = E[∇ log q(x_t | x_0)] = -E[ε] / √(1 - ᾱ_t)            with the E of section 5
@@ -433,13 +433,13 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 # Algorithm 1 drops the weight. The best guess remains the same, but the effort goes to where
 # pictures take shape. The bound gets worse and the samples better (Ho, Table 1).
 #
-# With pixels of ±1 the two other terms are almost 0, and bound leaves them out: L_T has no θ, and
-# L_0 asks only for the sign (Eq. 13 with two levels; σ_1² = β_1, as β̃_1 = 0 has no density). In
-# bits, the mean of L is at least the entropy of the data: for one pixel, 1.
+# With pixels of ±1 the two other terms are almost 0, and bound() omits both: L_T has q ≈ p, and L_0
+# asks only for the sign (Eq. 13 with two levels; σ_1² = β_1, as β̃_1 = 0 has no density). In bits,
+# the mean of L is at least the entropy of the data (KL >= 0): for one pixel, 1.
 @torch.no_grad()
 def bound(model, schedule, x_0, generator=None):
     """L_{t-1} (Eq. 8) at index t > 1, in bits a picture: float32 (T + 1,). x_0: (n, C, H, W); n: a
-    multiple of T - 1, for equally many of each t, or else RuntimeError. The rest: algorithm_1."""
+    multiple of T - 1, so all t come equally often, else RuntimeError. The rest: algorithm_1."""
     t = 2 + torch.arange(len(x_0), device=x_0.device) % (schedule.T - 1)  # (n,): 2, ..., T, 2, ...
     x_t = q_sample(schedule, x_0, t, torch.randn(x_0.shape, generator=generator).to(x_0.device))
     x_0_hat = predict_x_0(schedule, x_t, t, model(x_t, t))

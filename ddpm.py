@@ -485,7 +485,7 @@ if __name__ == "__main__":
     for axes, title, walk in zip((middle, right), ("Algorithm 2", "η = 0"), walks):
         t, x = zip(*walk)
         axes.plot(t, torch.stack(x).flatten(1), linewidth=0.6)  # (T + 1, 40): a line for each walk
-        axes.set(xlabel="t", ylabel="$x_t$", title=title, xlim=(T, -15), yticks=[-1, 1])
+        axes.set(xlabel="t", ylabel="$x_t$", title=title, xlim=(T, -T / 66), yticks=[-1, 1])
     figure.savefig("pixel.png", dpi=100)
 
     # A picture: with noise, and the best guess of it, if the data is 2,000 pictures.

@@ -21,7 +21,7 @@ def parse(argv):
     what = p.add_mutually_exclusive_group()
     what.add_argument("--process", "--show-process", action="store_true", help="draw the walk")
     what.add_argument("--explain", action="store_true", help="colour shapes by their kinds")
-    what.add_argument("--score", action="store_true", help="print how many shapes are right")
+    what.add_argument("--score", action="store_true", help="print right ones, copies and bound")
     p.add_argument("--n", type=int, help="how many pictures (16; --process: 4; --score: 500)")
     p.add_argument("--steps", type=int, help="of a walk, up to T (T = 1000; --score: 50)")
     p.add_argument("--eta", type=float, default=1.0, help="fresh noise, from 0 (none) to 1 (1)")
@@ -34,15 +34,15 @@ def parse(argv):
     args.output = args.output or Path(f"{kind}.png")
     if args.n is None:
         args.n = 4 if args.process else 500 if args.score else 16
-    folder = args.output.parent
-    if args.n < 1 or not 0 <= args.eta <= 1 or args.output.suffix != ".png" or not folder.is_dir():
-        p.error("want --n > 0, 0 <= --eta <= 1, and for --output a .png in a folder that is there")
+    possible = args.n > 0 and 0 <= args.eta <= 1 and 0 <= args.seed < 2**32
+    if not possible or args.output.suffix != ".png" or not args.output.parent.is_dir():
+        p.error("want --n > 0, --eta from 0 to 1, 0 <= --seed < 2**32, a .png in a folder there is")
     return args
 
 
 def load(path, network, weights="average"):
-    """The checkpoint at path, and the network with these weights of it. Whatever is wrong with the
-    file ends the program with one line."""
+    """The checkpoint at path, and the network with these weights of it. Whatever keeps the file
+    from loading ends the program with one line."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model = network(channels=saved["shape"][0])
@@ -88,7 +88,7 @@ def main(argv, network=ddpm.UNet):
     if flags["data"] and (args.explain or args.score):
         sys.exit(f"error: {path} learned from {flags['data']}; --explain, --score are for shapes")
     if args.steps is None:
-        args.steps = 50 if args.score else schedule.T
+        args.steps = min(50, schedule.T) if args.score else schedule.T
     if not 1 <= args.steps <= schedule.T:
         sys.exit(f"error: --steps must be from 1 to {schedule.T}")
 
@@ -102,7 +102,7 @@ def main(argv, network=ddpm.UNet):
     for i, (t, x) in enumerate(tqdm(walk, total=args.steps + 1, disable=None)):
         if args.process and i in shown:
             times = torch.full((args.n,), t, device=x.device)  # (n,)
-            x_0_hat = ddpm.predict_x_0(schedule, x, times, model(x, times))  # x itself at t = 0
+            x_0_hat = ddpm.predict_x_0(schedule, x, times, model(x, times)) if t else x
             stops.append((t, x, x_0_hat))
     if args.score:
         return print_score(x, model, schedule, flags)
@@ -117,5 +117,5 @@ def main(argv, network=ddpm.UNet):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (OSError, torch.OutOfMemoryError) as e:
-        sys.exit(f"error: {e}")
+    except (OSError, torch.OutOfMemoryError, KeyboardInterrupt) as e:
+        sys.exit(f"error: {str(e) or 'stopped'}")

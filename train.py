@@ -22,7 +22,7 @@ def parse(argv):
     p = argparse.ArgumentParser(description="Train the diffusion model.")
     p.add_argument("--data", type=os.path.abspath, help="a folder of pictures (else: shapes)")
     p.add_argument("--epochs", type=int, help="passes over the pictures (100)")
-    p.add_argument("--samples", type=int, default=10_000, help="pictures in an epoch (10000)")
+    p.add_argument("--samples", type=int, default=10_000, help="fewest pictures an epoch (10000)")
     p.add_argument("--batch-size", type=int, default=64, help="pictures in a step (64)")
     p.add_argument("--lr", type=float, default=1.6e-3, help="highest learning rate (1.6e-3)")
     p.add_argument("--seed", type=int, default=0, help="of shapes, weights and noise (0)")
@@ -133,7 +133,7 @@ def main(argv, network=ddpm.UNet):
         if epoch % 5 == 0 or epoch == flags["epochs"]:
             torch.manual_seed(0)  # so that the same noise becomes better pictures
             x_T = torch.randn(64, *state["shape"]).to(args.device)
-            *_, (_, x_0) = ddpm.ddim(average, schedule, x_T, steps=20, eta=1)
+            *_, (_, x_0) = ddpm.ddim(average, schedule, x_T, min(20, schedule.T), eta=1)
             sheet = shapes.tile(x_0, columns=16)
             sheet.save(args.checkpoints / f"samples_{epoch:04d}.png")
             writer.add_image("samples", np.asarray(sheet), epoch, dataformats="HWC")

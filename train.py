@@ -87,7 +87,7 @@ def main(argv, network=ddpm.UNet):
     latest = args.checkpoints / "latest.pt"
     run = time.strftime(f"%Y-%m-%d_%H-%M-%S_{os.getpid()}")  # two may begin in one second
     flags = {key: getattr(args, key) for key in ("data", "samples", "batch_size", "lr", "seed")}
-    state = {"flags": flags, "run": run, "losses": [], "shape": None, "beta": ddpm.BETA}
+    state = {"flags": flags, "run": run, "losses": [], "beta": ddpm.BETA}
     if args.resume:
         state, _ = sample.load(latest, network, "model")
     flags, losses = state["flags"], state["losses"]
@@ -150,7 +150,5 @@ if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"  # a notebook may ask for a backend that is not installed
     try:
         main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit("stopped; --resume goes on after the last epoch that was saved, if there is one")
-    except (OSError, torch.OutOfMemoryError) as e:
-        sys.exit(f"error: {e}")
+    except (OSError, torch.OutOfMemoryError, KeyboardInterrupt) as e:
+        sys.exit(f"error: {str(e) or 'stopped; --resume goes on after the last saved epoch'}")

@@ -79,7 +79,7 @@ BETA = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # β_1, ..., β_T 
 
 class Schedule:
     """Holds T and the tables beta, alpha, alpha_bar, one_minus_alpha_bar: float32 (T + 1,), indexed
-    by the paper's t, with alpha_bar[0] = 1. beta: β_1, ..., β_T, float (T,), between 0 and 1.
+    by the paper's t, with alpha_bar[0] = 1. Takes β_1, ..., β_T: float (T,), between 0 and 1.
     Computed in float64: float32 loses digits of 1 - alpha_bar near 0."""
 
     def __init__(self, beta=BETA, device="cpu"):
@@ -112,15 +112,15 @@ def q_sample(schedule, x_0, t, eps):
 # guess with the least squared error, its goal, is an average: the mean of ε over all of these
 # pictures, each counted by its probability. (Section 5 proves it.)
 #
-# BEYOND THE PAPER, our one change to the algorithms: there, all t are equally likely, and draw_t
-# would `return a`. Here middle t come more often: at small t, what a picture shows is plain to see
-# in x_t, and at large t it is lost. The best guess at each t stays the same.
+# BEYOND THE PAPER, our one change to the algorithms: there, all t are equally likely. Here middle t
+# come more often: at small t, what a picture shows is plain to see in x_t, and at large t it is
+# lost. The best guess at each t stays the same.
 def draw_t(n, T, generator=None):
     """Line 3 of Algorithm 1: int64 (n,), each from 1 to T. generator: on the CPU."""
     a, b = torch.randint(1, T + 1, (2, n), generator=generator)  # (n,) each
     t = (a + b) // 2
     t[::16] = a[::16]  # or else the smallest t would hardly be trained
-    return t
+    return t  # in the paper: return a
 
 
 def algorithm_1(model, schedule, optimizer, x_0, generator=None):
@@ -163,7 +163,7 @@ def predict_x_0(schedule, x_t, t, eps_theta):
 
 
 # Such a guess is a mean of many pictures, and may look like none of them. But μ̃_t is linear in x_0:
-# it takes the mean of x_0 to the mean of x_{t-1}. Put x̂_0 in, and its factors become
+# it takes the mean of x_0 to the mean of x_{t-1}. Put x̂_0 in, and μ̃_t has the factors
 #
 #     of ε_θ:  - √ᾱ_{t-1} β_t/(1 - ᾱ_t) √(1 - ᾱ_t)/√ᾱ_t  =  - β_t/√(1 - ᾱ_t) / √α_t
 #     of x_t:  (β_t/√α_t + √α_t (1 - ᾱ_{t-1})) / (1 - ᾱ_t)  =  1/√α_t
@@ -258,7 +258,7 @@ class Attention(nn.Module):
 #
 #     32x32  stem -- down ------------------------------- up -- out
 #     16x16            down ----------------------- up
-#      8x8               down --------------- up        three blocks, as shapes.py's grid is 8x8
+#      8x8               down --------------- up        three blocks: shapes lie on an 8x8 grid
 #      4x4                  middle (512 channels)        attention here and in each up
 class Up(nn.Module):
     """One level on the way up: (B, c_below, h, w) and a skip (B, c, 2h, 2w) -> (B, c, 2h, 2w)."""
@@ -369,10 +369,10 @@ def perfect_model(schedule, pictures):
 #
 # The squared factors of ε_θ and z add up to 1 - ᾱ_s, as in Eq. 4. With η = 1 and s = t - 1, σ² is
 # β̃_t and this is Algorithm 2. At t = T an error of ε_θ is 157 times as large in x̂_0, on which a
-# long step relies. So x̂_0 is clipped to [-1, 1], as in Ho's program: only this is new.
+# long step relies. So ddim clips x̂_0 to [-1, 1]: unlike Algorithm 2, but as Ho's program does.
 #
-# With η = 0 only x_T is random: a step is an Euler step of an ordinary differential equation (ODE)
-# for x_t/√ᾱ_t over 1/√SNR(t), slope ε_θ. One pixel mostly keeps its sign (pixel.png, right).
+# With η = 0 only x_T is random: a step is an Euler step of an ordinary differential equation (ODE),
+# d(x_t/√ᾱ_t) = ε_θ d(1/√SNR(t)). One pixel mostly keeps its sign (pixel.png, right).
 @torch.no_grad()
 def ddim(model, schedule, x_T, steps, eta, generator=None):
     """DDIM in 1 to T steps, with eta from 0 (no fresh noise) to 1. For the rest see algorithm_2."""
@@ -434,8 +434,8 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 # pictures take shape. The bound gets worse and the samples better (Ho, Table 1).
 #
 # With pixels of ±1 the two other terms are almost 0, and bound() omits both: L_T has q ≈ p, and L_0
-# asks only for the sign (Eq. 13 with two levels; σ_1² = β_1, as β̃_1 = 0 has no density). In bits,
-# the mean of L is at least the entropy of the data (KL >= 0): for one pixel, 1.
+# asks only for the signs of x_0 (Eq. 13: their probability under N(μ_θ, β_1 I), as β̃_1 = 0 has no
+# density). In bits, the mean of L is at least the entropy of the data (KL >= 0): for one pixel, 1.
 @torch.no_grad()
 def bound(model, schedule, x_0, generator=None):
     """L_{t-1} (Eq. 8) at index t > 1, in bits a picture: float32 (T + 1,). x_0: (n, C, H, W); n: a

@@ -166,7 +166,7 @@ def test_perfect_model_is_bayes_rule():
 
 
 @both
-@pytest.mark.parametrize("steps, eta", [(T, 1.0), (8, 0.0), (8, 0.5), (1, 1.0)])
+@pytest.mark.parametrize("steps, eta", [(T, 1.0), (8, 0.0), (8, 0.5), (2, 1.0), (1, 1.0)])
 def test_ddim_by_hand(schedule, steps, eta):
     """Catches: eta for eta squared, sigma not taken from the rest, no clip, t not rounded."""
     a, b = schedule.alpha_bar.tolist(), schedule.one_minus_alpha_bar.tolist()

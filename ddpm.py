@@ -231,9 +231,9 @@ class ResBlock(nn.Module):
 
 # ATTENTION lets distant places talk, where a convolution sees neighbours. Every place has a query,
 # a key and a value, vectors of d numbers, and receives a mean of all values, weighted by how well
-# its query matches their keys: softmax(q k^T / √d) v. Without √d, sums of d products would be so
-# large that a place sees almost only one. (In the code, places are columns of q, k and v, not
-# rows.) M places cost M² weights, so larger pictures are averaged to 8x8 first.
+# its query matches their keys: softmax(q k^T / √d) v. Without √d, products would be so large that
+# nearly all weight falls on one place. (In the code, places are columns of q, k and v, not rows.) M
+# places cost M² weights, so larger pictures are averaged to 8x8 first.
 class Attention(nn.Module):
     """Self-attention with one head, added to its input: (B, C, H, W) -> (B, C, H, W)."""
 
@@ -258,7 +258,7 @@ class Attention(nn.Module):
 #
 #     32x32  stem -- down ------------------------------- up -- out
 #     16x16            down ----------------------- up
-#      8x8               down --------------- up        three blocks: shapes lie on an 8x8 grid
+#      8x8               down --------------- up        3 blocks up: the data lies on 8x8 cells
 #      4x4                  middle (512 channels)        attention here and in each up
 class Up(nn.Module):
     """One level on the way up: (B, c_below, h, w) and a skip (B, c, 2h, 2w) -> (B, c, 2h, 2w)."""
@@ -279,8 +279,8 @@ class Up(nn.Module):
 
 class UNet(nn.Module):
     """The network: x_t, (B, channels, H, W), and t, int64 (B,) -> eps_theta, as x_t. H, W and all
-    inner channels are multiples of 8. Channels: widths at full, half and quarter size, bottleneck
-    at an eighth, and narrow inside its blocks."""
+    inner channels are multiples of 8: widths (at full, half, quarter size), bottleneck (at an
+    eighth), narrow (inside its blocks)."""
 
     def __init__(self, channels=1, widths=(16, 32, 128), bottleneck=512, narrow=64, time_dim=128):
         super().__init__()
@@ -361,8 +361,8 @@ def perfect_model(schedule, pictures):
 # ==== 6. Fewer steps, and the score ===============================================================
 # Song, Meng & Ermon, "Denoising Diffusion Implicit Models" (DDIM, 2021, arXiv 2010.02502), noticed
 # that the loss knows q(x_t | x_0) and nothing of the path between. So the same network can jump
-# from t to any earlier s: guess x_0 and ε, and mix them anew as Eq. 4 does at s. Noise of variance
-# σ² may be fresh (their Eq. 12 and 16, with α for ᾱ):
+# from t to any earlier s: guess x_0 and ε, and mix them anew as Eq. 4 does at s. A part, of
+# variance σ², may be fresh noise (their Eq. 12 and 16; their α is ᾱ):
 #
 #     x_s = √ᾱ_s x̂_0 + √(1 - ᾱ_s - σ²) ε_θ + σ z
 #     σ²  = η² (1 - ᾱ_s)/(1 - ᾱ_t) (1 - ᾱ_t/ᾱ_s)
@@ -434,8 +434,8 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
 # pictures take shape. The bound gets worse and the samples better (Ho, Table 1).
 #
 # With pixels of ±1 the two other terms are almost 0, and bound() omits both: L_T has q ≈ p, and L_0
-# asks only for the signs of x_0 (Eq. 13: their probability under N(μ_θ, β_1 I), as β̃_1 = 0 has no
-# density). In bits, the mean of L is at least the entropy of the data (KL >= 0): for one pixel, 1.
+# asks only for the signs of x_0 (Eq. 13: their probability under N(μ_θ, β_1 I); not β̃_1, which is
+# 0). In bits, the mean of L is at least the entropy of the data (KL >= 0): for one pixel, 1.
 @torch.no_grad()
 def bound(model, schedule, x_0, generator=None):
     """L_{t-1} (Eq. 8) at index t > 1, in bits a picture: float32 (T + 1,). x_0: (n, C, H, W); n: a

@@ -149,26 +149,22 @@ def tile(x, columns=8, titles=()):
 
 def explain(picture):
     """Cuts a picture, bool (32, 32), into blobs: the connected sets of shape pixels, also across
-    corners. Returns a list of (kind, blob), with None for a blob that is in no catalogue."""
+    corners. Yields (kind, blob), with None for the kind of a blob that is in no catalogue."""
     shape = torch.from_numpy(picture)[None].float()  # (1, 32, 32)
     label = shape * torch.arange(1, shape.numel() + 1).view(shape.shape)
     while not label.equal(spread := shape * F.max_pool2d(label, 3, stride=1, padding=1)):
         label = spread  # each pixel takes the largest label of itself and its neighbours
-    found = []
     for n in label[label > 0].unique():
         blob = (label[0] == n).numpy()
         rows, columns = blob.any(1).nonzero()[0], blob.any(0).nonzero()[0]
         cut = blob[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        found.append((KIND_OF.get((cut.shape, cut.tobytes())), blob))
-    return found
+        yield KIND_OF.get((cut.shape, cut.tobytes())), blob
 
 
 def score(x, training):
-    """How good samples x of shapes are, above 0 is shape: the shares of right ones and of copies.
-
-    Right: one to three legal shapes that do not touch, and nothing else. A copy is equal to one of
-    the training pictures, perhaps turned or mirrored.
-    """
+    """The shares of right ones and of copies among samples x; above 0 is shape. Right: one to three
+    legal shapes that do not touch, and nothing else. A copy is equal to one of the training
+    pictures, perhaps turned or mirrored."""
     pictures = (x[:, 0] > 0).cpu().numpy()  # (n, 32, 32)
     known = {picture.tobytes() for picture in (training[:, 0] > 0).numpy()}
     found = [[kind for kind, _ in explain(picture)] for picture in pictures]

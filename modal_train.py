@@ -33,6 +33,5 @@ def train(flags, run, folder="/volume", script="/root/train.py"):
 def main(*flags):
     if any(flag.startswith("--data") for flag in flags):
         sys.exit("error: --data does not reach the cloud")
-    status = train.spawn(list(flags), time.strftime("%Y-%m-%d_%H-%M-%S")).get()
-    if status:
+    if status := train.spawn(list(flags), time.strftime("%Y-%m-%d_%H-%M-%S")).get():
         sys.exit(status)

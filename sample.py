@@ -3,6 +3,7 @@ with --explain or --score whether they are right."""
 
 import argparse
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -40,14 +41,11 @@ def parse(argv):
     return args
 
 
-def load(path, network, weights="average"):
-    """The checkpoint at path, and the network with these weights of it. Whatever keeps the file
-    from loading ends the program with one line."""
+@contextmanager
+def reading(path):
+    """Whatever is wrong with the checkpoint at path ends the program with one line."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        model = network(channels=saved["shape"][0])
-        model.load_state_dict(saved[weights])
-        return saved, model
+        yield
     except Exception as e:  # noqa: BLE001, a foreign file can be wrong in any way
         sys.exit(f"error: cannot use {path} as a checkpoint of train.py: {e!r:.200}")
 
@@ -81,10 +79,14 @@ def print_score(x, model, schedule, flags):
 def main(argv, network=ddpm.UNet):
     args = parse(argv)
     path = args.checkpoint or (TRAINED if TRAINED.exists() else PRETRAINED)
-    saved, model = load(path, network)
-    model.requires_grad_(False).eval().to(args.device)
-    schedule, flags = ddpm.Schedule(saved["beta"], args.device), saved["flags"]
-    print(f"{path}, epoch {len(saved['losses'])}, on {args.device}")
+    with reading(path):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        shape, flags, epoch = saved["shape"], saved["flags"], len(saved["losses"])
+        schedule = ddpm.Schedule(saved["beta"], args.device)
+        model = network(channels=shape[0]).requires_grad_(False).eval()
+        model.load_state_dict(saved["average"])
+    model.to(args.device)
+    print(f"{path}, epoch {epoch}, on {args.device}")
     if flags["data"] and (args.explain or args.score):
         sys.exit(f"error: {path} learned from {flags['data']}; --explain, --score are for shapes")
     if args.steps is None:
@@ -93,7 +95,7 @@ def main(argv, network=ddpm.UNet):
         sys.exit(f"error: --steps must be from 1 to {schedule.T}")
 
     generator = torch.Generator().manual_seed(args.seed)
-    x_T = torch.randn(args.n, *saved["shape"], generator=generator).to(args.device)
+    x_T = torch.randn(args.n, *shape, generator=generator).to(args.device)
     if args.steps == schedule.T and args.eta == 1:
         walk = ddpm.algorithm_2(model, schedule, x_T, generator)
     else:

@@ -89,7 +89,9 @@ def main(argv, network=ddpm.UNet):
     flags = {key: getattr(args, key) for key in ("data", "samples", "batch_size", "lr", "seed")}
     state = {"flags": flags, "run": run, "losses": [], "beta": ddpm.BETA}
     if args.resume:
-        state, _ = sample.load(latest, network, "model")
+        with sample.reading(latest):
+            saved = torch.load(latest, map_location="cpu", weights_only=True)
+            state = {key: saved[key] for key in (*state, "shape")}
     flags, losses = state["flags"], state["losses"]
     flags["epochs"] = args.epochs or flags.get("epochs", 100)
     if len(losses) >= flags["epochs"]:
@@ -111,8 +113,9 @@ def main(argv, network=ddpm.UNet):
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     parts = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}
     if args.resume:
-        for name, part in parts.items():
-            part.load_state_dict(state.pop(name))
+        with sample.reading(latest):
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
 
     args.checkpoints.mkdir(parents=True, exist_ok=True)
     writer = SummaryWriter(args.logs / state["run"])

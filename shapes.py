@@ -133,8 +133,8 @@ def tile(x, columns=8, titles=()):
     """Pictures x, grey or colour, clipped to [-1, 1] and enlarged, with titles above the columns,
     as one Pillow image."""
     zoom = max(1, 128 // max(x.shape[2:]))
-    x = F.interpolate(x.clamp(-1, 1), scale_factor=zoom).expand(-1, 3, -1, -1)  # (n, 3, h, w)
-    x = ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (n, h, w, 3)
+    x = F.interpolate(x.cpu().clamp(-1, 1), scale_factor=zoom).expand(-1, 3, -1, -1)  # (n, 3, h, w)
+    x = ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()  # (n, h, w, 3)
     h, w, top, columns = x.shape[1] + 2, x.shape[2] + 2, 24 * bool(titles), min(columns, len(x))
     sheet = Image.new("RGB", (w * columns, top + h * -(-len(x) // columns)), "gray")
     for i, title in enumerate(titles):

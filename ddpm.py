@@ -45,6 +45,7 @@ pictures, C channels, H x W pixels. A line that changes a tensor's shape ends wi
 """
 
 import os
+from itertools import pairwise
 from math import log
 
 import torch
@@ -380,7 +381,7 @@ def ddim(model, schedule, x_T, steps, eta, generator=None):
     visited = torch.linspace(schedule.T, 1, steps, dtype=torch.float64).round().int().tolist()
     x_t = x_T
     yield schedule.T, x_t
-    for t, s in zip(visited, [*visited[1:], 0]):
+    for t, s in pairwise([*visited, 0]):
         times = torch.full((len(x_T),), t, device=x_T.device)  # (B,)
         x_0_hat = predict_x_0(schedule, x_t, times, model(x_t, times)).clamp(-1, 1)
         eps_theta = (x_t - alpha_bar[t].sqrt() * x_0_hat) / one_minus[t].sqrt()  # after the clip
